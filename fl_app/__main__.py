@@ -1,0 +1,5 @@
+"""``python -m fl_app``."""
+
+from fl_app.cli import main
+
+main()

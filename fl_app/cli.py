@@ -1,0 +1,210 @@
+"""The ``fl-app`` command.
+
+Exit code 0: done; 2: a configuration or input that cannot be run; 1: anything else. Hydra is
+loaded before torch is, and neither for ``--help``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+LAUNCHED_AT = time.time()
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated learning on Flower: one app for simulation and deployment.",
+)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+_JSON = Annotated[bool, typer.Option("--json", help="Print the summary alone, as JSON.")]
+
+
+@cli.command(context_settings=_PASS_ON)
+def run(context: typer.Context, as_json: _JSON = False) -> None:
+    """Run a federation, as in fl-app run task=digits strategy=fedprox rounds=20.
+
+    Takes Hydra's overrides and flags: -m for sweeps, --cfg job to print the configuration,
+    --config-dir DIR for configurations of your own, resume=RUN_DIR to go on with a run.
+    """
+    arguments = list(context.args)
+    resume = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    if resume and resume[-1] not in ("", "null"):
+        from fl_app.config import resumed_config
+
+        others = [a for a in arguments if not a.startswith("resume=")]
+        _play(resumed_config(resume[-1], others), as_json=as_json)
+    else:
+        _run_with_hydra(arguments, as_json=as_json)
+
+
+@cli.command(context_settings=_PASS_ON)
+def check(context: typer.Context, as_json: _JSON = False) -> None:
+    """Compose and build a configuration, and say what would run, without running it."""
+    from fl_app.plan import describe_plan, print_plan
+
+    plan = describe_plan(_composed(context.args))
+    if as_json:
+        typer.echo(json.dumps(plan, indent=2))
+    else:
+        print_plan(plan)
+
+
+@cli.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Write report.html anew from the other files of a run's folder."""
+    from fl_app.tracking.report import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+def main() -> None:
+    """Run the command line, and turn errors into messages and exit codes."""
+    sys.exit(_main(sys.argv[1:]))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    # Hydra hides the exception behind a print and an exit unless told otherwise.
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        # Not 0 only after Ctrl-C before a run had begun.
+        return 1 if cli(list(arguments), standalone_mode=False) else 0
+    except Exception as error:
+        if show_traceback:
+            raise
+        code, message = _describe(error)
+        if message is None:
+            raise
+        return _fail(message, code)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"Error: {message}", err=True)
+    return code
+
+
+def _describe(error: Exception) -> tuple[int, str | None]:
+    """Return the exit code and the message of an error; no message if it is a fault of ours."""
+    import click
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fl_app.run_config import explain
+    from fl_app.types import ConfigError, FlAppError
+
+    if isinstance(error, ConfigError):
+        return 2, str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return 2, explain(error)
+    if isinstance(error, click.ClickException):
+        return 2, error.format_message()
+    if isinstance(error, FlAppError):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, (
+            f"{error.filename} cannot be used ({error.strerror}): choose a folder that can be "
+            "written, with output_url=PATH."
+        )
+    return 1, None
+
+
+def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
+    """Have Hydra compose the configuration, of one run or of each in a sweep, and play it.
+
+    A member of a sweep that fails is reported at once, and again by the error at the end; the
+    others go on.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from fl_app.run_config import CONFIG_NAME, conf_dir, register
+    from fl_app.types import ConfigError, FlAppError
+
+    sweep = "--multirun" in arguments or "-m" in arguments
+    failed: list[FlAppError] = []
+    played: list[tuple[str, dict[str, Any]]] = []
+
+    def job(composed: DictConfig) -> None:
+        from fl_app.config import to_plain
+
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        overrides = " ".join(HydraConfig.get().overrides.task)
+        if sweep:
+            typer.echo(f"Run {folder.name}: {overrides}", err=True)
+        try:
+            config = {**to_plain(composed), "run_dir": str(folder)}
+            played.append((overrides, _play(config, as_json=as_json)))
+        except FlAppError as error:  # Hydra would print a message of its own on top
+            failed.append(error)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+            if sweep:
+                _fail(f"run {folder.name}: {error}", 1)
+
+    register()
+    sys.argv = ["fl-app run", *arguments]
+    hydra.main(version_base=None, config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
+    if sweep and played and not as_json:
+        from fl_app.tracking.console import print_sweep
+
+        print_sweep(played)
+    if len(failed) > 1:
+        kind = ConfigError if all(isinstance(e, ConfigError) for e in failed) else FlAppError
+        raise kind(f"{len(failed)} runs of the sweep failed; see above.")
+    if failed:
+        raise failed[0]
+
+
+def _composed(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration that overrides, and ``--config-dir`` among them, give."""
+    from fl_app.config import compose_config
+
+    overrides, folders, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument in ("--config-dir", "-cd"):
+            folders.append(Path(next(rest, "")))
+        elif argument.startswith("--config-dir="):
+            folders.append(Path(argument.partition("=")[2]))
+        else:
+            overrides.append(argument)
+    return compose_config(overrides, folders)
+
+
+def _play(config: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    """Play a run on its engine, print what came of it, and return its summary."""
+    from fl_app.config import make_engine
+    from fl_app.tracking.console import log_handler, print_summary, stderr_console
+
+    if as_json:
+        config["progress"] = "none"
+    logging.basicConfig(
+        level=logging.WARNING if as_json else logging.INFO,
+        handlers=[log_handler(stderr_console())],
+        format="%(message)s",
+        force=True,
+    )
+    run_dir = make_engine(config).run(config, launched_at=LAUNCHED_AT)
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        print_summary(summary)
+        typer.echo(run_dir)
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Configuration: composed by Hydra, checked against the components, built in one place.
+
+Nothing below this module sees Hydra.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fl_app.privacy.plan import NoPrivacy
+from fl_app.run_config import CONFIG_NAME, conf_dir, explain, register
+from fl_app.schema import check
+from fl_app.selection import Selector
+from fl_app.server_optimizer import OptimizerFactory
+from fl_app.stopping import Stopping
+from fl_app.strategy import Composition
+from fl_app.tasks.base import Task
+from fl_app.tasks.checks import check_model
+from fl_app.training import LocalTraining
+from fl_app.types import ConfigError, FederatedData
+from fl_app.validation import UpdateChecks
+
+RESUMABLE_KEYS = (
+    "rounds",
+    "stopping",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "fairness_clients",
+    "progress",
+    "engine.workers",
+)
+"""Keys that may be given anew when a run is resumed: they change nothing of what has been done."""
+
+_LEAST = {
+    "rounds": 1,
+    "seed": 0,
+    "evaluate_every": 1,
+    "fairness_clients": 0,
+    "checkpoint_every": 0,
+    "checkpoint_keep": 2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """What a configuration builds, for the server and for the clients alike."""
+
+    task: Task
+    data: FederatedData
+    training: LocalTraining
+    composition: Composition
+    selector: Selector
+    checks: UpdateChecks
+    stopping: Stopping
+    privacy: NoPrivacy
+    seed: int
+
+
+def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return the resolved and checked configuration that overrides in Hydra's grammar give.
+
+    Args:
+        overrides: Such as ``["task=digits", "rounds=5"]``.
+        config_dirs: Further folders in which groups are looked up.
+
+    Raises:
+        ConfigError: The overrides do not compose, or the result is not valid.
+    """
+    register()
+    search = [f"hydra.searchpath=[{','.join(f'file://{d.resolve()}' for d in config_dirs)}]"]
+    try:
+        # Hydra keeps its state in a global; a caller inside a Hydra job must get it back.
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(conf_dir()), version_base=None):
+                composed = compose(CONFIG_NAME, [*overrides, *(search if config_dirs else [])])
+        finally:
+            GlobalHydra.instance().hydra = outer
+        return to_plain(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def to_plain(composed: DictConfig | ListConfig) -> dict[str, Any]:
+    """Return a composed configuration as plain, resolved and checked nested dicts.
+
+    Raises:
+        ConfigError: A key, type or value is not valid.
+    """
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    config = check(cast(dict[str, Any], plain))
+    for key, least in _LEAST.items():
+        if config[key] < least:
+            raise ConfigError(f"{key}={config[key]} must be >= {least}.")
+    if config["progress"] not in ("auto", "none"):
+        raise ConfigError(f"progress={config['progress']} is not known: choose auto or none.")
+    return config
+
+
+def resumed_config(run_dir: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of an earlier run, to go on with it.
+
+    Args:
+        run_dir: The run's folder.
+        overrides: Such as ``["rounds=50"]``; only of `RESUMABLE_KEYS`.
+
+    Raises:
+        ConfigError: The folder holds no run, or an override would make it another run.
+    """
+    path = Path(run_dir) / "config.yaml"
+    try:
+        saved = OmegaConf.load(path)
+    except (OSError, YAMLError) as error:
+        raise ConfigError(
+            f"resume={run_dir} is not the folder of a run: {path} cannot be read ({error})."
+        ) from error
+    if not saved:
+        raise ConfigError(
+            f"resume={run_dir}: its config.yaml is empty, so the run was ended before it began. "
+            "Start it again instead."
+        )
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if not any(key == known or key.startswith(f"{known}.") for known in RESUMABLE_KEYS):
+            raise ConfigError(
+                f"{override} cannot be changed when a run is resumed: it would be another run. "
+                f"Only {', '.join(RESUMABLE_KEYS)} can; start a new run for the rest."
+            )
+    OmegaConf.set_struct(saved, True)
+    try:
+        merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))
+        return {**to_plain(merged), "resume": run_dir, "run_dir": run_dir}
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+
+
+def from_run_config(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration that Flower's run config carries.
+
+    ``config-json`` (sent by our own launcher) is a resolved configuration; ``overrides`` (typed by
+    people) is Hydra's grammar, separated by spaces.
+
+    Raises:
+        ConfigError: Neither gives a valid configuration.
+    """
+    text = str(run_config.get("config-json") or "")
+    if not text:
+        config = compose_config(str(run_config.get("overrides") or "").split())
+        return resumed_config(config["resume"], ()) if config["resume"] else config
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"config-json is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError("config-json must be a JSON object: the config.yaml of a run, as JSON.")
+    return check(config)
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """Return the configuration as the text of a ``config.yaml``."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """Return the configuration as one line of JSON; `from_run_config` reads it back."""
+    return json.dumps(config, sort_keys=True)
+
+
+@lru_cache(maxsize=4)
+def build(config_json: str) -> Components:
+    """Return the components of a configuration; the one place where they are made.
+
+    Args:
+        config_json: What `to_json` gives; one process builds each configuration once.
+
+    Raises:
+        ConfigError: A component refuses its values, or they do not fit together.
+    """
+    config = json.loads(config_json)
+    seed = config["seed"]
+    task = _make(config, "task")
+    data = _make(config, "partition")(task, seed)
+    components = Components(
+        task=task,
+        data=data,
+        training=_make(config, "client"),
+        composition=_make(config, "strategy"),
+        selector=_make(config, "selection"),
+        checks=_make(config, "checks"),
+        stopping=_make(config, "stopping"),
+        privacy=_make(config, "privacy"),
+        seed=seed,
+    )
+    if components.training.early_stopping_patience and not config["partition"].get(
+        "validation_fraction", 1.0
+    ):
+        raise ConfigError(
+            "client.early_stopping_patience needs records to watch: set "
+            "partition.validation_fraction > 0, or early_stopping_patience=null."
+        )
+    components.selector.wanted(len(data.clients))
+    _try_optimizer("client.optimizer", components.training.optimizer)
+    _try_optimizer("strategy.server_optimizer", components.composition.server_optimizer)
+    probe = data.held_out or data.examples_of(data.clients[0]).train
+    check_model(task, task.build_model(), probe)
+    return components
+
+
+def _try_optimizer(key: str, make: OptimizerFactory) -> None:
+    """Make an optimizer once, so that a bad value is told now and not by every client."""
+    try:
+        make([torch.nn.Parameter(torch.zeros(1))])
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{key} refuses its values: {error}") from error
+
+
+def make_engine(config: Mapping[str, Any]) -> Any:
+    """Return the engine that a configuration names."""
+    return _make(config, "engine")
+
+
+def make_tracker(config: Mapping[str, Any]) -> Any:
+    """Return the tracker that a configuration names, or None for ``tracking=none``."""
+    return _make(config, "tracking") if config["tracking"] else None
+
+
+def _make(config: Mapping[str, Any], key: str) -> Any:
+    try:
+        return instantiate(config[key], _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError(f"{key}: {cause}".replace("\n", " ")) from error

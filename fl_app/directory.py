@@ -1,0 +1,96 @@
+"""Which Flower node is which client.
+
+Flower names a node by a random number, drawn anew whenever it connects. A directory maps our
+stable client ids to the nodes that are connected now.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from flwr.serverapp import Grid
+
+from fl_app.codec import MalformedReplyError, decode_description, failure_of, query_messages
+from fl_app.types import ClientId, client_order
+
+log = logging.getLogger(__name__)
+
+
+class Directory(Protocol):
+    """Client ids, and where to find them."""
+
+    def clients(self) -> Sequence[ClientId]:
+        """Return the ids of all clients known so far, in canonical order; may be lazy."""
+        ...
+
+    def node_of(self, client: ClientId) -> int | None:
+        """Return the node that is this client now, or None while it is offline."""
+        ...
+
+
+@runtime_checkable
+class KnowsClients(Protocol):
+    """A Grid that knows its clients without asking them."""
+
+    @property
+    def directory(self) -> Directory:
+        """Its clients."""
+        ...
+
+
+class QueryDirectory:
+    """Learns client ids by asking each node once, when it is first seen.
+
+    A client keeps its place in the population while its node is away, so the cohorts of a seed do
+    not depend on who happens to be connected; when asked to train meanwhile it counts as offline.
+
+    Args:
+        grid: Where the nodes are.
+        timeout_s: Seconds a node has to answer.
+    """
+
+    def __init__(self, grid: Grid, *, timeout_s: float = 60.0) -> None:
+        self._grid = grid
+        self._timeout_s = timeout_s
+        self._names: dict[int, ClientId] = {}
+        self._clients: list[ClientId] = []
+        self._nodes: dict[ClientId, int] = {}
+
+    def clients(self) -> Sequence[ClientId]:
+        """Return all client ids known so far, after asking the nodes that are new."""
+        self._refresh()
+        return self._clients
+
+    def node_of(self, client: ClientId) -> int | None:
+        """Return the node that is this client now, or None while it is offline."""
+        return self._nodes.get(client)
+
+    def _refresh(self) -> None:
+        connected = set(self._grid.get_node_ids())
+        self._nodes = {c: node for c, node in self._nodes.items() if node in connected}
+        for node in sorted(connected & self._names.keys()):
+            self._nodes.setdefault(self._names[node], node)  # one that is back
+        unknown = sorted(connected - self._names.keys())
+        if not unknown:
+            return
+        messages = query_messages(unknown, ttl=self._timeout_s)
+        for reply in self._grid.send_and_receive(messages, timeout=self._timeout_s):
+            node = reply.metadata.src_node_id
+            failure = failure_of(reply)
+            if failure:
+                log.warning("Node %d does not say who it is: %s", node, failure[1])
+                continue
+            try:
+                self._add(node, decode_description(reply).client)
+            except MalformedReplyError as error:
+                log.warning("Node %d does not say who it is: %s", node, error)
+
+    def _add(self, node: int, client: ClientId) -> None:
+        if client in self._nodes:
+            log.warning("Node %d says it is client %s, which is connected already.", node, client)
+            return
+        self._names[node] = client
+        self._nodes[client] = node
+        self._clients = sorted({*self._clients, client}, key=client_order)

@@ -1,0 +1,287 @@
+"""One run of the server, from a configuration to the files it leaves.
+
+`run_federation` is what the ServerApp does, whichever engine carries the messages. The files and
+their content are a contract; see README, "What a run leaves".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+
+from fl_app.checkpoint import Checkpoints
+from fl_app.config import Components, build, make_tracker, to_json, to_yaml
+from fl_app.directory import Directory, KnowsClients, QueryDirectory
+from fl_app.files import write_atomically
+from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
+from fl_app.rounds import Run, resume_from_checkpoint, run_rounds
+from fl_app.strategy import FederatedStrategy
+from fl_app.tracking.base import Tracker, Trackers
+from fl_app.tracking.console import ConsoleProgress
+from fl_app.tracking.report import write_report
+from fl_app.tracking.rounds_file import RoundsFile, iter_reports
+from fl_app.tracking.summary import (
+    Summary,
+    Times,
+    config_hash,
+    fairness_of,
+    totals_of,
+    write_json_atomically,
+)
+from fl_app.training import evaluate
+from fl_app.types import (
+    ConfigError,
+    EmptyCohortError,
+    Evaluation,
+    FlAppError,
+    Params,
+    Role,
+    StopReason,
+    stream_seed,
+)
+
+log = logging.getLogger(__name__)
+
+
+class InterruptedRunError(FlAppError):
+    """Somebody pressed Ctrl-C."""
+
+
+class RunFolderError(FlAppError):
+    """The run's folder cannot be written: not allowed, or the disk is full."""
+
+
+def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float) -> Path:
+    """Play a run, or the rest of one, and return the folder that holds what it leaves.
+
+    Args:
+        config: A checked configuration.
+        grid: Reaches the clients.
+        launched_at: `time.time` value when the command was started.
+
+    Raises:
+        ConfigError: The configuration cannot be run.
+        RunFolderError: The folder cannot be written; what was written before is whole.
+        InterruptedRunError: Ctrl-C was pressed.
+        EmptyCohortError: Too few clients came.
+    """
+    components = build(to_json(config))
+    start = initial_model(components, config["initial_model"])
+    run_dir = run_folder(config)
+    go_on = f"a run that has begun goes on with: fl-app run resume={run_dir}"
+    try:
+        with _locked(run_dir):
+            run, resumed_from = _set_up(config, components, start, grid, run_dir, launched_at)
+            setup_s = time.time() - launched_at
+            try:
+                run.trackers.start(config, run_dir)
+                reason = run_rounds(run)
+                summary = _conclude(run, config, components, run_dir, reason, resumed_from, setup_s)
+                run.trackers.finish(summary.to_json())
+            finally:
+                run.trackers.close()
+                run.rounds_file.close()
+    except OSError as error:
+        raise RunFolderError(
+            f"{run_dir} cannot be written ({error}): make room; {go_on}"
+        ) from error
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"interrupted; {go_on}") from None
+    return run_dir
+
+
+def run_folder(config: Mapping[str, Any]) -> Path:
+    """Return the run's folder, made if need be; never that of another run.
+
+    Raises:
+        ConfigError: ``output_url`` is not a local path, or cannot be written.
+    """
+    if config["resume"]:
+        return Path(config["resume"])
+    url = str(config["output_url"]).removeprefix("file://")
+    if "://" in url:
+        raise ConfigError(
+            f"output_url={config['output_url']} is not a local folder: give a path or file://PATH."
+        )
+    wanted = config["run_dir"] or f"{url}/{datetime.now():%Y-%m-%d/%H-%M-%S}_{config['name']}"
+    path, number = Path(wanted), 1
+    try:
+        while True:
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                # The file that marks a folder as a run's is made exclusively: two runs started in
+                # the same second get two folders.
+                (path / "config.yaml").open("x").close()
+            except FileExistsError:
+                number += 1
+                path = Path(f"{wanted}_{number}")
+            else:
+                return path
+    except OSError as error:
+        raise ConfigError(
+            f"output_url={config['output_url']}: {path} cannot be written ({error.strerror}): "
+            "choose a folder that can, with output_url=PATH."
+        ) from error
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Generator[None, None, None]:
+    """Hold the run's folder, so that no second process writes the same run."""
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"resume={run_dir}: another process is still playing this run. Wait or end it."
+            ) from error
+        yield
+
+
+def _set_up(
+    config: Mapping[str, Any],
+    components: Components,
+    start: tuple[Params, frozenset[str]],
+    grid: Grid,
+    run_dir: Path,
+    launched_at: float,
+) -> tuple[Run, int | None]:
+    """Return the run, at its beginning or where its last checkpoint was, and that round."""
+    initial, trainable = start
+    directory = grid.directory if isinstance(grid, KnowsClients) else QueryDirectory(grid)
+    wait_for_clients(directory, components.selector.min_clients)
+    run = Run(
+        strategy=FederatedStrategy(
+            composition=components.composition,
+            selector=components.selector,
+            checks=components.checks,
+            directory=directory,
+            initial=initial,
+            trainable=trainable,
+            seed=components.seed,
+        ),
+        grid=grid,
+        evaluate=_evaluator(components),
+        rounds=config["rounds"],
+        evaluate_every=config["evaluate_every"],
+        stopping=components.stopping,
+        timeout_s=components.selector.round_timeout_s,
+        rounds_file=RoundsFile(run_dir / "rounds.jsonl"),
+        trackers=Trackers(tuple(_trackers(config))),
+        checkpoints=Checkpoints(run_dir / "checkpoints", keep=config["checkpoint_keep"]),
+        checkpoint_every=config["checkpoint_every"],
+        launched_at=launched_at,
+    )
+    saved = {**config, "resume": None, "run_dir": str(run_dir)}
+    write_atomically(run_dir / "config.yaml", to_yaml(saved).encode())
+    if not config["resume"]:
+        return run, None
+    resumed_from = resume_from_checkpoint(run)
+    log.info("Resumed after round %d.", resumed_from)
+    return run, resumed_from
+
+
+def initial_model(components: Components, path: str | None) -> tuple[Params, frozenset[str]]:
+    """Return the global model before the first round, and which of its names are trainable.
+
+    Drawn from the seed alone, or read from a ``.safetensors`` file.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(components.seed, Role.MODEL))
+        model = components.task.build_model()
+    params = read_params(model)
+    return load_model(path, params) if path else params, trainable_names(model)
+
+
+def wait_for_clients(directory: Directory, count: int, *, patience_s: float = 120.0) -> None:
+    """Return once ``count`` clients are known.
+
+    Raises:
+        EmptyCohortError: They did not come.
+    """
+    deadline = time.monotonic() + patience_s
+    while (known := len(directory.clients())) < count:
+        if time.monotonic() > deadline:
+            raise EmptyCohortError(
+                f"selection.min_clients={count}, but only {known} clients came within "
+                f"{patience_s:.0f} s: start more, or lower it."
+            )
+        log.info("Waiting for clients: %d of %d are here.", known, count)
+        time.sleep(1.0)
+
+
+def _evaluator(components: Components) -> Callable[[Params], Evaluation] | None:
+    """Return what measures a global model on the held-out set, or None if there is no such set."""
+    held_out = components.data.held_out
+    if held_out is None:
+        return None
+    model = components.task.build_model()
+    return lambda params: evaluate(model, components.task, held_out, params=params)
+
+
+def _trackers(config: Mapping[str, Any]) -> Generator[Tracker, None, None]:
+    if config["progress"] != "none":
+        yield ConsoleProgress()
+    if (chosen := make_tracker(config)) is not None:
+        yield chosen
+
+
+def _conclude(
+    run: Run,
+    config: Mapping[str, Any],
+    components: Components,
+    run_dir: Path,
+    reason: StopReason,
+    resumed_from: int | None,
+    setup_s: float,
+) -> Summary:
+    """Measure the final model and write what a run leaves."""
+    params = run.strategy.state.params
+    clients = run.strategy.clients()
+    asked = clients[: config["fairness_clients"]]
+    evaluations = run.strategy.evaluate_clients(run.grid, asked) if asked else {}
+    accuracies = {
+        client: evaluation.metrics["accuracy"]
+        for client, evaluation in evaluations.items()
+        if "accuracy" in evaluation.metrics
+    }
+    totals = (
+        totals_of(iter_reports(run.rounds_file.path)) if run.rounds_file.path.exists() else None
+    )
+    summary = Summary(
+        task=components.task.name,
+        engine=config["engine"]["name"],
+        strategy=components.composition.name,
+        seed=components.seed,
+        rounds=run.strategy.state.round,
+        clients=len(clients),
+        cohort_size=components.selector.wanted(len(clients)),
+        config_hash=config_hash(config),
+        model_hash=model_hash(params),
+        metrics=run.evaluate(params).metrics if run.evaluate else {},
+        time_s=Times(
+            setup=setup_s,
+            total=run.elapsed_s(),
+            per_round=totals.median_round_s if totals else None,
+        ),
+        fairness=fairness_of(accuracies),
+        stopped_by=reason,
+        resumed_from_round=resumed_from,
+    )
+    if totals:
+        summary = replace(summary, communication=totals.communication, failures=totals.failures)
+    per_client = {client: dict(e.metrics) for client, e in evaluations.items()}
+    write_json_atomically(run_dir / "clients.json", per_client)
+    save_model(params, run_dir / "model.safetensors")
+    write_json_atomically(run_dir / "summary.json", summary.to_json())
+    write_report(run_dir)
+    return summary

@@ -1,0 +1,140 @@
+"""Reading parameters out of a module and writing them back, and arithmetic on them.
+
+Parameters (`fl_app.types.Params`) are the floating-point entries of a module's ``state_dict``:
+weights, and persistent buffers such as running means. Integer entries (BatchNorm's batch counter)
+are no model of anything and stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fl_app.files import write_atomically
+from fl_app.types import ConfigError, Params
+
+
+def _float_entries(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            yield name, tensor
+
+
+def read_params(model: nn.Module) -> Params:
+    """Return copies of the model's parameters."""
+    return {name: tensor.detach().clone() for name, tensor in _float_entries(model)}
+
+
+@torch.no_grad()
+def write_params(model: nn.Module, params: Params) -> None:
+    """Overwrite the model's parameters in place.
+
+    Args:
+        model: Module to write to.
+        params: Exactly the model's names and shapes.
+
+    Raises:
+        KeyError: A parameter of the model is missing from ``params``.
+    """
+    targets, sources = [], []
+    for name, tensor in _float_entries(model):
+        targets.append(tensor)
+        sources.append(params[name])
+    torch._foreach_copy_(targets, sources)
+
+
+def params_delta(model: nn.Module, start: Params) -> Params:
+    """Return the model's parameters minus ``start``, as new tensors."""
+    names, local = zip(*_float_entries(model), strict=True)
+    deltas = torch._foreach_sub(list(local), [start[name] for name in names])
+    return dict(zip(names, (delta.detach() for delta in deltas), strict=True))
+
+
+def trainable_names(model: nn.Module) -> frozenset[str]:
+    """Return the names that gradients change; the rest of the parameters are buffers."""
+    return frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def l2_norm(params: Params) -> float:
+    """Return the L2 norm over all tensors as if concatenated; NaN or inf if any entry is."""
+    if not params:
+        return 0.0
+    norms = torch._foreach_norm([tensor.double() for tensor in params.values()])
+    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+
+
+def num_bytes(params: Params) -> int:
+    """Return the bytes that the tensors hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in params.values())
+
+
+def model_hash(params: Params) -> str:
+    """Return the SHA-256 of a model's bits: equal if and only if names, dtypes, shapes, bytes are.
+
+    For each tensor in order of its name: ``["name","dtype",[shape]]`` as JSON, a line end, and
+    the elements in row-major order, little-endian.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        tensor = params[name].detach().cpu().reshape(-1)
+        header = [name, str(tensor.dtype).removeprefix("torch."), list(params[name].shape)]
+        digest.update(json.dumps(header, separators=(",", ":")).encode("ascii") + b"\n")
+        raw = tensor.contiguous().view(torch.uint8)
+        if sys.byteorder == "big":
+            raw = raw.reshape(-1, tensor.element_size()).flip(1)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_model(params: Params, path: Path) -> None:
+    """Write parameters as a ``.safetensors`` file, in the order of their names; atomically."""
+    write_atomically(path, save({name: params[name].contiguous() for name in sorted(params)}))
+
+
+def load_model(path: str, like: Params) -> Params:
+    """Return the parameters in a ``.safetensors`` file, checked against a model's.
+
+    Args:
+        path: File to read, as ``initial_model=PATH`` names it.
+        like: Parameters of the model that the file must fit.
+
+    Raises:
+        ConfigError: The file is missing, is not safetensors, or does not fit the model.
+    """
+    try:
+        loaded = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"initial_model={path} cannot be read ({error}): name a .safetensors file, such as "
+            "the model.safetensors of an earlier run."
+        ) from error
+    misfit = describe_misfit(loaded, like)
+    if misfit:
+        raise ConfigError(
+            f"initial_model={path} does not fit the model of this run: {misfit}. "
+            "Choose the task and model that the file was trained with."
+        )
+    # Copies: the tensors are maps of the file, and would change with it.
+    return {name: loaded[name].to(tensor.dtype, copy=True) for name, tensor in like.items()}
+
+
+def describe_misfit(params: Params, like: Params) -> str | None:
+    """Return in words how names or shapes of ``params`` differ from ``like``'s, or None."""
+    if missing := sorted(like.keys() - params.keys()):
+        return f"missing {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
+    if extra := sorted(params.keys() - like.keys()):
+        return f"unexpected {', '.join(extra[:3])}{' …' if len(extra) > 3 else ''}"
+    for name, tensor in like.items():
+        if params[name].shape != tensor.shape:
+            return f"{name} has shape {tuple(params[name].shape)}, not {tuple(tensor.shape)}"
+        if not params[name].is_floating_point():
+            return f"{name} has dtype {params[name].dtype}, not a floating-point one"
+    return None

@@ -1,0 +1,186 @@
+"""The loop over rounds: train, measure, record, checkpoint, stop.
+
+`run_rounds` is the whole life of a run. What a round *is* stands in `fl_app.strategy`; this module
+adds what must survive a crash and what others may watch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fl_app.checkpoint import Checkpoints
+from fl_app.stopping import Progress, Stopping, describe_stop
+from fl_app.strategy import FederatedStrategy, ServerState
+from fl_app.tracking.base import Trackers
+from fl_app.tracking.rounds_file import RoundsFile
+from fl_app.types import Evaluation, Params, RoundReport, StopReason
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+"""Seconds between two looks for replies on a Grid that does not wait by itself."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A Grid that holds part of a run's state, such as the memory of simulated clients."""
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Return that part as a tree."""
+        ...
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Set that part to what `snapshot` returned."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run in progress.
+
+    Attributes:
+        strategy: Holds the server state.
+        grid: Reaches the clients.
+        evaluate: Measures a global model on the held-out set; None if there is none.
+        rounds: Last round.
+        evaluate_every: Rounds between two measurements on the held-out set; the last is measured.
+        stopping: What ends the run earlier.
+        timeout_s: Seconds a round waits for replies, or None.
+        rounds_file: The run's record.
+        trackers: Who watches.
+        checkpoints: Where checkpoints go.
+        checkpoint_every: Rounds between two of them, or 0 for none; the last round has one.
+        launched_at: `time.time` value at the start of the command.
+        elapsed_before_s: Seconds that the run had taken before it was resumed.
+        progress: What stopping remembers.
+        stopped: Why the run ended, once it has.
+    """
+
+    strategy: FederatedStrategy
+    grid: Grid
+    evaluate: Callable[[Params], Evaluation] | None
+    rounds: int
+    evaluate_every: int
+    stopping: Stopping
+    timeout_s: float | None
+    rounds_file: RoundsFile
+    trackers: Trackers
+    checkpoints: Checkpoints
+    checkpoint_every: int
+    launched_at: float
+    elapsed_before_s: float = 0.0
+    progress: Progress = field(default_factory=Progress)
+    stopped: StopReason | None = None
+
+    def elapsed_s(self) -> float:
+        """Return the wall-clock seconds the run has taken, those before a resume included."""
+        return self.elapsed_before_s + time.time() - self.launched_at
+
+
+def run_rounds(run: Run) -> StopReason:
+    """Play the rounds that are left and return why the run ended."""
+    arrays = run.strategy.current_arrays()
+    while run.stopped is None:
+        number = run.strategy.state.round + 1
+        if number > run.rounds:
+            run.stopped = StopReason.ROUNDS
+            break
+        arrays, report = _play_round(run, number, arrays)
+        run.rounds_file.append(report)
+        run.trackers.on_round(report)
+        run.progress, run.stopped = run.stopping.after_round(
+            run.progress, report.metrics, elapsed_s=run.elapsed_s()
+        )
+        due = run.checkpoint_every and number % run.checkpoint_every == 0
+        if due or (run.checkpoint_every and (run.stopped or number == run.rounds)):
+            save_checkpoint(run)
+        if run.stopped:
+            log.info(describe_stop(run.stopped, number))
+    return run.stopped
+
+
+def _play_round(run: Run, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundReport]:
+    """Play one round; return the global model after it, and what happened."""
+    began = time.perf_counter()
+    instructions = run.strategy.configure_train(number, arrays, ConfigRecord(), run.grid)
+    replies = exchange(run.grid, instructions, timeout_s=run.timeout_s)
+    changed, _ = run.strategy.aggregate_train(number, replies)
+    replies.close()
+    metrics: Mapping[str, float] = {}
+    if run.evaluate and (number % run.evaluate_every == 0 or number == run.rounds):
+        metrics = run.evaluate(run.strategy.state.params).metrics
+    report = run.strategy.last_report()
+    seconds = time.perf_counter() - began
+    return changed or arrays, replace(report, metrics=metrics, seconds=seconds)
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], *, timeout_s: float | None
+) -> Generator[Message, None, None]:
+    """Send messages and yield replies as they come in; closing it stops waiting for the rest.
+
+    Flower's ``send_and_receive`` returns only once all have answered, and looks every 3 seconds.
+
+    Args:
+        grid: Reaches the clients.
+        messages: Instructions, one a client.
+        timeout_s: Seconds to wait at most, or None.
+    """
+    pending = {identifier for identifier in grid.push_messages(list(messages)) if identifier}
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while pending:
+        for reply in grid.pull_messages(list(pending)):
+            pending.discard(reply.metadata.reply_to_message_id)
+            yield reply
+        if not pending or (deadline is not None and time.monotonic() >= deadline):
+            return
+        time.sleep(POLL_S)
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write all that a resumed run needs; the record is made durable first."""
+    run.rounds_file.sync()
+    run.checkpoints.save(
+        run.strategy.state.round,
+        {
+            "server": run.strategy.state.to_tree(),
+            "progress": asdict(run.progress),
+            "stopped": None if run.stopped is None else str(run.stopped),
+            "stopping": repr(run.stopping),
+            "rounds_file": run.rounds_file.position(),
+            "trackers": run.trackers.state(),
+            "grid": run.grid.snapshot() if isinstance(run.grid, Resumable) else None,
+            "elapsed_s": run.elapsed_s(),
+        },
+    )
+
+
+def resume_from_checkpoint(run: Run) -> int:
+    """Bring a run to where its newest readable checkpoint was taken; return that round.
+
+    What was recorded after it is cut off the record: those rounds are played again. Without a
+    checkpoint, for a run killed before its first, that is the beginning.
+    """
+    content = run.checkpoints.load_latest()
+    if content is None:
+        log.warning("No checkpoint can be read: the run starts again from its first round.")
+        run.rounds_file.truncate(0)
+        return 0
+    run.strategy.resume(ServerState.from_tree(content["server"]))
+    run.progress = Progress(**content["progress"])
+    run.elapsed_before_s = content["elapsed_s"]
+    if content["stopped"] and content["stopping"] == repr(run.stopping):
+        run.stopped = StopReason(content["stopped"])
+    run.rounds_file.truncate(content["rounds_file"])
+    run.trackers.restore(content["trackers"])
+    if isinstance(run.grid, Resumable) and content["grid"] is not None:
+        run.grid.restore(content["grid"])
+    run.checkpoints.drop_after(run.strategy.state.round)
+    return run.strategy.state.round

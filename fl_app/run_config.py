@@ -1,0 +1,117 @@
+"""The top-level keys of a configuration, where Hydra finds the rest, and its errors in words.
+
+Imports neither torch nor Flower, so that a mistyped key is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
+from omegaconf import MISSING
+
+CONFIG_NAME = "config"
+
+
+@dataclass
+class RunConfig:
+    """Top-level keys of a configuration; the groups' own keys are those of their components."""
+
+    task: Any = MISSING
+    partition: Any = MISSING
+    client: Any = MISSING
+    strategy: Any = MISSING
+    selection: Any = MISSING
+    privacy: Any = MISSING
+    secure_aggregation: Any = MISSING
+    compression: Any = MISSING
+    engine: Any = MISSING
+    tracking: Any = MISSING
+    checks: Any = MISSING
+    stopping: Any = MISSING
+    name: str = MISSING
+    seed: int = MISSING
+    rounds: int = MISSING
+    evaluate_every: int = MISSING
+    fairness_clients: int = MISSING
+    checkpoint_every: int = MISSING
+    checkpoint_keep: int = MISSING
+    initial_model: str | None = None
+    resume: str | None = None
+    output_url: str = MISSING
+    run_dir: str | None = None
+    progress: str = MISSING
+
+
+def conf_dir() -> Path:
+    """Return the folder of our YAML files: beside the package in a clone, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "conf"
+    return beside if (beside / "config.yaml").is_file() else package / "conf"
+
+
+def register() -> None:
+    """Make the schema of the top-level keys known to Hydra."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="fl_app")
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """Return "; did you mean …?" with the names nearest to a mistyped one, or nothing."""
+    matches = difflib.get_close_matches(name, known, n=2)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def explain(error: BaseException) -> str:
+    """Return what is wrong with a configuration, without the tools' own vocabulary."""
+    parts = [str(error)]
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and cause is not None:
+        parts.append(str(cause))
+    text = "\n".join(parts)
+    if "Could not find '" in text and "Available options" in text:
+        return _explain_choice(text)
+    if "is not in struct" in text or "not in 'RunConfig'" in text:
+        return _explain_key(text)
+    if "could not be converted to" in text and "full_key:" in text:
+        return _explain_type(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    noise = ("object_type=", "reference_type=", "Config search path", "provider=", "Set the env")
+    kept = [line for line in dict.fromkeys(lines) if not line.startswith(noise)]
+    return " ".join(kept)
+
+
+def _explain_choice(text: str) -> str:
+    wanted = text.split("Could not find '", 1)[1].split("'", 1)[0]
+    group, _, choice = wanted.rpartition("/")
+    listed = text.split("Available options in", 1)[1].split("Config search path", 1)[0]
+    options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
+    close = closest(choice, options).lstrip("; ")
+    return (
+        f"{group}={choice} does not exist{'; ' + close if close else ':'} "
+        f"choose one of {', '.join(options)}."
+    )
+
+
+def _explain_key(text: str) -> str:
+    marker = next(line for line in text.splitlines() if "full_key:" in line)
+    full_key = marker.split("full_key:", 1)[1].strip()
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    hint = closest(full_key, known) if "." not in full_key else ""
+    return (
+        f"{full_key} is not a key of the configuration{hint or '.'} "
+        "`fl-app run --cfg job` prints them all."
+    )
+
+
+def _explain_type(text: str) -> str:
+    line = next(line for line in text.splitlines() if "could not be converted to" in line)
+    value = line.split("Value '", 1)[-1].split("'", 1)[0]
+    wanted = line.rsplit("could not be converted to", 1)[1].strip()
+    full_key = text.split("full_key:", 1)[1].split()[0]
+    return f"{full_key}={value} must be of type {wanted.lower().replace('integer', 'int')}."

@@ -1,0 +1,146 @@
+"""Which clients take part in a round, how many are asked, and how long they are waited for.
+
+A selector is a frozen dataclass named by ``_target_`` under ``selection``. It draws from an
+ordered, possibly lazy sequence of client ids, with a generator of ``(seed, round)``, in time
+proportional to the cohort: a population of a million costs what a thousand does.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fl_app.types import ClientId, ConfigError, Role, stream_seed
+
+
+class Selector(Protocol):
+    """Draws the cohort of a round."""
+
+    @property
+    def min_replies(self) -> int:
+        """Updates a round needs; with fewer it keeps the old model."""
+        ...
+
+    @property
+    def round_timeout_s(self) -> float | None:
+        """Seconds a round waits for replies, or None for as long as it takes."""
+        ...
+
+    @property
+    def min_clients(self) -> int:
+        """Clients that must be known before a run starts."""
+        ...
+
+    def wanted(self, population: int) -> int:
+        """Return how many updates a round of ``population`` clients aggregates at most."""
+        ...
+
+    def select(self, clients: Sequence[ClientId], *, round: int, seed: int) -> list[ClientId]:
+        """Return the clients to ask, in the order in which their replies are preferred."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cohort:
+    """Size and patience of a cohort; how it is drawn is left to the subclass.
+
+    Attributes:
+        fraction: Share of the population that each round aggregates, in (0, 1].
+        count: Number of clients that each round aggregates; overrides ``fraction``.
+        over_selection: Extra share of clients asked, >= 0 (Bonawitz et al. 2019,
+            arXiv:1902.01046, Section 4.2): a round asks ``(1 + over_selection) * count`` clients
+            and closes once ``count`` good updates are in.
+        min_replies: Updates a round needs, >= 1; with fewer it keeps the old model.
+        round_timeout_s: Seconds a round waits for replies, > 0, or None for no limit.
+        min_clients: Clients that must be known before a run starts, >= 1.
+    """
+
+    fraction: float = 1.0
+    count: int | None = None
+    over_selection: float = 0.0
+    min_replies: int = 1
+    round_timeout_s: float | None = None
+    min_clients: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(
+                f"selection.fraction={self.fraction} must lie in (0, 1]: it is the share of all "
+                "clients that each round trains."
+            )
+        if self.count is not None and self.count < 1:
+            raise ConfigError(
+                f"selection.count={self.count} must be >= 1, or null to use selection.fraction."
+            )
+        if not 0 <= self.over_selection < math.inf:
+            raise ConfigError(
+                f"selection.over_selection={self.over_selection} must be >= 0: 0.3 asks 30 % more "
+                "clients than the round needs."
+            )
+        if self.min_replies < 1:
+            raise ConfigError(
+                f"selection.min_replies={self.min_replies} must be >= 1: an empty round has "
+                "nothing to aggregate."
+            )
+        if self.min_clients < 1:
+            raise ConfigError(f"selection.min_clients={self.min_clients} must be >= 1.")
+        if self.round_timeout_s is not None and not self.round_timeout_s > 0:
+            raise ConfigError(
+                f"selection.round_timeout_s={self.round_timeout_s} must be > 0, or null to wait "
+                "for as long as it takes."
+            )
+
+    def wanted(self, population: int) -> int:
+        """Return how many updates a round aggregates at most.
+
+        Raises:
+            ConfigError: More clients are wanted than there are, or than ``min_replies`` allows.
+        """
+        if self.count is not None and self.count > population:
+            raise ConfigError(
+                f"selection.count={self.count} exceeds the population of {population} clients: "
+                "lower it or raise partition.num_clients."
+            )
+        size = self.count if self.count is not None else max(1, round(self.fraction * population))
+        if self.min_replies > size:
+            raise ConfigError(
+                f"selection.min_replies={self.min_replies} exceeds the cohort of {size} clients: "
+                "every round would keep the old model. Lower it or enlarge the cohort."
+            )
+        return size
+
+    def select(self, clients: Sequence[ClientId], *, round: int, seed: int) -> list[ClientId]:
+        """Return the clients to ask, in the order in which their replies are preferred."""
+        population = len(clients)
+        asked = math.ceil(self.wanted(population) * (1 + self.over_selection) - 1e-9)
+        positions = self._positions(population, min(asked, population), round=round, seed=seed)
+        return [clients[position] for position in positions]
+
+    @abstractmethod
+    def _positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+        """Return ``size`` different positions in ``range(population)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(_Cohort):
+    """Uniform sampling without replacement within a round (McMahan et al. 2017, Algorithm 1)."""
+
+    def _positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+        generator = random.Random(stream_seed(seed, Role.COHORT, round=round))
+        return generator.sample(range(population), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRobin(_Cohort):
+    """Every client in turn, in canonical order: ``ceil(N / count)`` rounds ask all of them.
+
+    Over-selected clients do not advance the turn: they are the first of the next round too.
+    """
+
+    def _positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+        start = (round - 1) * self.wanted(population)
+        return [(start + offset) % population for offset in range(size)]

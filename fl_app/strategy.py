@@ -1,0 +1,362 @@
+"""Our Flower strategy: select, encode, decode, validate, aggregate, step.
+
+A strategy is composed (`Composition`) of an aggregation rule, a server optimizer and a local
+objective; `FederatedStrategy` is the one Flower ``Strategy`` that runs every such composition.
+The loop that drives it, with checkpoints and tracking, is `fl_app.rounds`; Flower's own
+``Strategy.start`` drives it just as well.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fl_app.aggregation import Aggregation
+from fl_app.codec import (
+    MalformedReplyError,
+    decode_evaluation,
+    decode_update,
+    encode_params,
+    evaluate_messages,
+    failure_of,
+    train_messages,
+)
+from fl_app.directory import Directory
+from fl_app.objective import LocalObjective
+from fl_app.params import num_bytes
+from fl_app.selection import Selector
+from fl_app.server_optimizer import OptimizerFactory, OptimizerState, apply_change
+from fl_app.types import (
+    ClientId,
+    ClientUpdate,
+    EmptyCohortError,
+    Evaluation,
+    Failure,
+    FailureKind,
+    Params,
+    RoundReport,
+    client_order,
+)
+from fl_app.validation import UpdateChecks
+
+log = logging.getLogger(__name__)
+
+NO_LIMIT_S = 12 * 3600.0
+"""Time to live of a message in a round without a timeout; Flower's own default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """A federated algorithm: what ``strategy=NAME`` puts together.
+
+    Attributes:
+        aggregation: Combines the updates of a cohort.
+        server_optimizer: Steps the global model along the combined change.
+        objective: What clients minimise besides their own loss.
+        name: For the records; no effect.
+    """
+
+    aggregation: Aggregation
+    server_optimizer: OptimizerFactory
+    objective: LocalObjective
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerState:
+    """The server's side of a run between two rounds.
+
+    Attributes:
+        round: Rounds done.
+        params: Global model.
+        optimizer: Server optimizer's state, or None before its first step.
+    """
+
+    round: int
+    params: Params
+    optimizer: OptimizerState | None = None
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"round": self.round, "params": dict(self.params), "optimizer": self.optimizer}
+
+    @staticmethod
+    def from_tree(tree: Mapping[str, Any]) -> ServerState:
+        """Return what `to_tree` kept."""
+        return ServerState(round=tree["round"], params=tree["params"], optimizer=tree["optimizer"])
+
+
+class FederatedStrategy(Strategy):
+    """Runs a composition over a population, one round at a time.
+
+    Args:
+        composition: The federated algorithm.
+        selector: Draws cohorts.
+        checks: What an update must be.
+        directory: Who the clients are.
+        initial: Global model before the first round.
+        trainable: Names in the model that gradients change; the rest are buffers.
+        seed: The run's seed.
+
+    Attributes:
+        state: Server state after the last round.
+        report: What happened in the last round, or None before the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        composition: Composition,
+        selector: Selector,
+        checks: UpdateChecks,
+        directory: Directory,
+        initial: Params,
+        trainable: frozenset[str],
+        seed: int,
+    ) -> None:
+        self.composition = composition
+        self.state = ServerState(round=0, params=initial)
+        self.report: RoundReport | None = None
+        self._selector = selector
+        self._checks = checks
+        self._directory = directory
+        self._trainable = trainable
+        self._seed = seed
+        self._wanted = 0
+        self._asked: dict[int, ClientId] = {}
+        self._offline: list[Failure] = []
+
+    # Flower's interface ---------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Draw the round's cohort and return its instructions, in the order of preference.
+
+        Raises:
+            EmptyCohortError: There is no client at all.
+        """
+        clients = self._directory.clients()
+        if not clients:
+            raise EmptyCohortError(
+                f"Round {server_round}: no client is connected. Start clients, or raise the "
+                "number of simulated ones."
+            )
+        self._wanted = self._selector.wanted(len(clients))
+        cohort = self._selector.select(clients, round=server_round, seed=self._seed)
+        self._asked, self._offline = {}, []
+        for client in cohort:
+            node = self._directory.node_of(client)
+            if node is None:
+                self._offline.append(
+                    Failure(client=client, kind=FailureKind.OFFLINE, reason="not connected")
+                )
+            else:
+                self._asked[node] = client
+        ttl = self._selector.round_timeout_s or NO_LIMIT_S
+        return train_messages(self._asked, arrays, config, round=server_round, ttl=ttl)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take the step that a round's replies call for; sets `state` and `report`.
+
+        Replies are consumed one by one and no further than needed: once the wanted number of good
+        updates is in, the rest of an over-selected cohort is not waited for.
+
+        Returns:
+            The new global model, or None if too few good updates came back and the old one stays;
+            and the cohort's mean metrics, or None if there are none.
+        """
+        updates, failures = self._collect(server_round, replies)
+        model = self.state.params
+        applied = len(updates) >= self._selector.min_replies
+        optimizer = self.state.optimizer
+        if applied:
+            change = self.composition.aggregation(updates)
+            model, optimizer = apply_change(
+                model,
+                change,
+                trainable=self._trainable,
+                make_optimizer=self.composition.server_optimizer,
+                state=optimizer,
+            )
+        else:
+            log.warning(
+                "Round %d: %d of at least %d updates came back; the model stays as it was.",
+                server_round,
+                len(updates),
+                self._selector.min_replies,
+            )
+        metrics = _mean_metrics(updates)
+        self.report = RoundReport(
+            round=server_round,
+            cohort=self._cohort(),
+            num_updates=len(updates),
+            applied=applied,
+            failures=failures,
+            client_metrics=metrics,
+            client_accuracy=_accuracies(updates),
+            uplink_bytes=sum(u.num_bytes for u in updates),
+            downlink_bytes=len(self._asked) * num_bytes(self.state.params),
+            uplink_uncompressed_bytes=sum(u.num_bytes_uncompressed for u in updates),
+        )
+        self.state = ServerState(round=server_round, params=model, optimizer=optimizer)
+        return (
+            encode_params(model) if applied else None,
+            MetricRecord(dict(metrics)) if metrics else None,
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return nothing: clients measure the received model while they train, in one reply."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return None: there is no separate evaluation."""
+        return None
+
+    def summary(self) -> None:
+        """Log what the strategy is composed of."""
+        log.info("Strategy %s: %s", self.composition.name, self.composition)
+
+    # Beyond it ------------------------------------------------------------------------------------
+
+    def evaluate_clients(
+        self, grid: Grid, clients: Iterable[ClientId]
+    ) -> dict[ClientId, Evaluation]:
+        """Return the global model measured by clients on their own held-out parts.
+
+        Clients without such a part, that are offline or do not answer are left out.
+        """
+        nodes = {self._directory.node_of(client): client for client in clients}
+        known = {node: client for node, client in nodes.items() if node is not None}
+        timeout = self._selector.round_timeout_s
+        messages = evaluate_messages(
+            known,
+            encode_params(self.state.params),
+            ConfigRecord(),
+            round=self.state.round,
+            ttl=timeout or NO_LIMIT_S,
+        )
+        evaluations = {}
+        for reply in grid.send_and_receive(messages, timeout=timeout):
+            client = known.get(reply.metadata.src_node_id)
+            if client is None or reply.has_error():
+                continue
+            try:
+                evaluations[client] = decode_evaluation(reply)
+            except MalformedReplyError as error:
+                log.warning("Client %s: evaluation ignored, %s.", client, error)
+        return dict(sorted(evaluations.items(), key=lambda entry: client_order(entry[0])))
+
+    def clients(self) -> Sequence[ClientId]:
+        """Return the ids of all clients known so far; may be lazy."""
+        return self._directory.clients()
+
+    def resume(self, state: ServerState) -> None:
+        """Continue from the state in a checkpoint."""
+        self.state = state
+
+    def last_report(self) -> RoundReport:
+        """Return what happened in the last round.
+
+        Raises:
+            RuntimeError: No round has been played.
+        """
+        if self.report is None:
+            raise RuntimeError("No round has been played yet.")
+        return self.report
+
+    def current_arrays(self) -> ArrayRecord:
+        """Return the global model as Flower arrays."""
+        return encode_params(self.state.params)
+
+    def _cohort(self) -> tuple[ClientId, ...]:
+        asked = [*self._asked.values(), *(failure.client for failure in self._offline)]
+        return tuple(sorted(asked, key=client_order))
+
+    def _collect(
+        self, round: int, replies: Iterable[Message]
+    ) -> tuple[list[ClientUpdate], tuple[Failure, ...]]:
+        """Return the good updates, and what became of the other clients, in client order."""
+        updates: dict[ClientId, ClientUpdate] = {}
+        failures = {failure.client: failure for failure in self._offline}
+        for reply in replies:
+            client = self._asked.get(reply.metadata.src_node_id)
+            if client is None or client in updates or client in failures:
+                log.warning(
+                    "Round %d: an unasked reply of node %d is ignored.",
+                    round,
+                    reply.metadata.src_node_id,
+                )
+                continue
+            result = self._accept(reply, client)
+            if isinstance(result, Failure):
+                failures[client] = result
+                log.warning(
+                    "Round %d: client %s, %s: %s", round, client, result.kind, result.reason
+                )
+            else:
+                updates[client] = result
+            if len(updates) == self._wanted:
+                break
+        else:
+            for client in self._asked.values():
+                if client not in updates and client not in failures:
+                    failures[client] = Failure(
+                        client=client, kind=FailureKind.TIMEOUT, reason="no reply in time"
+                    )
+        order = sorted(updates, key=client_order)
+        failed = sorted(failures, key=client_order)
+        return [updates[c] for c in order], tuple(failures[c] for c in failed)
+
+    def _accept(self, reply: Message, client: ClientId) -> ClientUpdate | Failure:
+        """Return the update in a reply, or why there is none that may be used."""
+        failure = failure_of(reply)
+        if failure:
+            return Failure(client=client, kind=failure[0], reason=failure[1])
+        try:
+            update = decode_update(reply, client)
+            objection = self._checks.objection(update, self.state.params)
+        except MalformedReplyError as error:
+            objection = str(error)
+        if objection:
+            reason = " ".join(objection.split())[:500]  # it may quote what a client sent
+            return Failure(client=client, kind=FailureKind.REJECTED, reason=reason)
+        return update
+
+
+def _mean_metrics(updates: Iterable[ClientUpdate]) -> dict[str, float]:
+    """Return means over the cohort, weighted by the records each figure was measured on."""
+    sums: dict[str, float] = {}
+    weights: dict[str, int] = {}
+
+    def add(prefix: str, metrics: Mapping[str, float], weight: int) -> None:
+        for name, value in metrics.items():
+            key = f"{prefix}_{name}"
+            sums[key] = sums.get(key, 0.0) + weight * value
+            weights[key] = weights.get(key, 0) + weight
+
+    for update in updates:
+        add("train", update.metrics, update.num_examples)
+        if update.evaluation is not None:
+            add("test", update.evaluation.metrics, update.evaluation.num_examples)
+    return {key: sums[key] / weights[key] for key in sums}
+
+
+def _accuracies(updates: Iterable[ClientUpdate]) -> dict[ClientId, float]:
+    return {
+        update.client: update.evaluation.metrics["accuracy"]
+        for update in updates
+        if update.evaluation is not None and "accuracy" in update.evaluation.metrics
+    }

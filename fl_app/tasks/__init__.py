@@ -1,0 +1,1 @@
+"""Tasks, models, and how records are dealt out to clients."""

@@ -1,0 +1,288 @@
+"""Training and measuring one model on one client's records.
+
+Pure in (parameters, records, randomness): the module handed in is scratch space, overwritten at
+the start of every call, so a thousand clients can share one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fl_app.objective import LocalObjective
+from fl_app.params import params_delta, read_params, write_params
+from fl_app.server_optimizer import OptimizerFactory
+from fl_app.tasks.base import Task
+from fl_app.tasks.classification import accuracy
+from fl_app.types import (
+    ClientExamples,
+    ClientId,
+    ConfigError,
+    Evaluation,
+    Examples,
+    FlAppError,
+    Params,
+    Role,
+    stream,
+    stream_seed,
+)
+
+EVALUATION_BATCH = 1024
+"""Records measured at once; bounds the memory of a pass, changes no figure beyond rounding."""
+
+
+class ClientTimeoutError(FlAppError):
+    """A client could not finish before the round's deadline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """How a client trains.
+
+    Attributes:
+        optimizer: Makes the local optimizer from the model's parameters.
+        epochs: Passes over the client's training records, >= 1.
+        batch_size: Records a step, >= 1; the last batch of an epoch may be smaller.
+        early_stopping_patience: Epochs without a better loss on the client's own validation part
+            after which it stops, keeping the best epoch's parameters; None trains all epochs.
+        keep_optimizer_state: Whether the local optimizer's state (momentum) lives on between
+            rounds, in the client's own store.
+        share_label_counts: Whether a client tells the server how many records of each class it
+            owns. Off: label counts are personal data in small groups.
+        failure_fraction: Share of client rounds that fail, for simulating unreliable devices, in
+            [0, 1); drawn from the run's seed.
+    """
+
+    optimizer: OptimizerFactory
+    epochs: int = 1
+    batch_size: int = 32
+    early_stopping_patience: int | None = None
+    keep_optimizer_state: bool = False
+    share_label_counts: bool = False
+    failure_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ConfigError(f"client.epochs={self.epochs} must be >= 1.")
+        if self.batch_size < 1:
+            raise ConfigError(f"client.batch_size={self.batch_size} must be >= 1.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ConfigError(
+                f"client.early_stopping_patience={self.early_stopping_patience} must be >= 1, "
+                "or null to train all epochs."
+            )
+        if not 0 <= self.failure_fraction < 1:
+            raise ConfigError(
+                f"client.failure_fraction={self.failure_fraction} must lie in [0, 1): with 1 "
+                "no client would ever reply."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Randomness:
+    """Where one client's draws of one round come from."""
+
+    seed: int
+    round: int
+    client: ClientId
+
+    def batches(self) -> torch.Generator:
+        """Return the generator of the order of records."""
+        return stream(self.seed, Role.BATCHES, round=self.round, client=self.client)
+
+    def layers(self) -> int:
+        """Return the seed of what the layers draw, such as dropout masks."""
+        return stream_seed(self.seed, Role.LAYERS, round=self.round, client=self.client)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModel:
+    """What local training gives.
+
+    Attributes:
+        delta: Local minus received parameters.
+        metrics: ``loss``: mean training loss over the last epoch's steps, weighted by records;
+            ``epochs``: epochs trained.
+        optimizer_state: The local optimizer's ``state_dict()`` after the last step.
+    """
+
+    delta: Params
+    metrics: Mapping[str, float]
+    optimizer_state: Mapping[str, Any]
+
+
+def train_locally(
+    model: nn.Module,
+    task: Task,
+    examples: ClientExamples,
+    training: LocalTraining,
+    objective: LocalObjective,
+    received: Params,
+    randomness: Randomness,
+    *,
+    optimizer_state: Mapping[str, Any] | None = None,
+    deadline: float | None = None,
+) -> TrainedModel:
+    """Return what training on a client's own records makes of the received parameters.
+
+    The client's part of FedAvg (McMahan et al. 2017, arXiv:1602.05629, Algorithm 1,
+    ClientUpdate), with the objective's term in the gradient.
+
+    Args:
+        model: Scratch module of the task's architecture.
+        task: Gives the loss.
+        examples: The client's records.
+        training: Epochs, batch size, local optimizer.
+        objective: What is minimised besides the loss.
+        received: Global parameters.
+        randomness: Streams of this client and round.
+        optimizer_state: State to continue from, or None to start afresh.
+        deadline: `time.monotonic` value after which to give up, or None.
+
+    Raises:
+        ClientTimeoutError: The deadline passed.
+    """
+    write_params(model, received)
+    model.train()
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    local = [p for _, p in parameters]
+    start = [received[name] for name, _ in parameters]
+    optimizer = training.optimizer(local)
+    if optimizer_state is not None:
+        # A copy: torch keeps the given tensors, and steps them in place.
+        optimizer.load_state_dict(deepcopy(dict(optimizer_state)))
+    generator = randomness.batches()
+    best = _BestEpoch(training.early_stopping_patience)
+    loss, epoch = 0.0, 0
+    with _layers_seeded(randomness.layers()), _others_restored(model, received):
+        for epoch in range(1, training.epochs + 1):
+            loss = 0.0
+            for batch in _batches(examples.train, training.batch_size, generator):
+                if deadline is not None and time.monotonic() > deadline:
+                    raise ClientTimeoutError(f"Still training in epoch {epoch} at the deadline.")
+                loss += len(batch) * _step(model, task, batch, optimizer, objective, local, start)
+            if best.seen_enough(model, task, examples.validation):
+                break
+    best.restore(model)
+    return TrainedModel(
+        delta=params_delta(model, received),
+        metrics={"loss": loss / len(examples.train), "epochs": float(epoch)},
+        optimizer_state=optimizer.state_dict(),
+    )
+
+
+@contextmanager
+def _layers_seeded(seed: int) -> Iterator[None]:
+    """Draw dropout masks from ``seed``, and leave torch's global generator as it was.
+
+    A tenth of the time of ``torch.random.fork_rng`` with ``manual_seed``, which visit every
+    kind of accelerator.
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+@contextmanager
+def _others_restored(model: nn.Module, params: Params) -> Iterator[None]:
+    """Leave buffers that are no parameters (batch counters) as they were, for the next client."""
+    others = [buffer for name, buffer in model.named_buffers() if name not in params]
+    before = [buffer.clone() for buffer in others]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(others, before, strict=True):
+            buffer.copy_(value)
+
+
+def _batches(examples: Examples, size: int, generator: torch.Generator) -> Iterator[Examples]:
+    order = torch.randperm(len(examples), generator=generator)
+    for indices in torch.split(order, size):
+        yield examples.take(indices)
+
+
+def _step(
+    model: nn.Module,
+    task: Task,
+    batch: Examples,
+    optimizer: Optimizer,
+    objective: LocalObjective,
+    local: list[nn.Parameter],
+    start: list[Tensor],
+) -> float:
+    """Take one optimizer step and return the batch's mean loss before it."""
+    optimizer.zero_grad()
+    loss = task.losses(model(batch.inputs), batch.targets).mean()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    objective.add_gradient(local, start)
+    optimizer.step()
+    return loss.item()
+
+
+class _BestEpoch:
+    """Remembers the parameters of the epoch with the lowest validation loss."""
+
+    def __init__(self, patience: int | None) -> None:
+        self._patience = patience
+        self._loss = float("inf")
+        self._params: Params | None = None
+        self._stale_epochs = 0
+
+    def seen_enough(self, model: nn.Module, task: Task, validation: Examples | None) -> bool:
+        if self._patience is None or validation is None:
+            return False
+        loss = evaluate_quickly(model, task, validation).metrics["loss"]
+        model.train()
+        if loss < self._loss:
+            self._loss, self._params, self._stale_epochs = loss, read_params(model), 0
+        else:
+            self._stale_epochs += 1
+        return self._stale_epochs >= self._patience
+
+    def restore(self, model: nn.Module) -> None:
+        if self._params is not None:
+            write_params(model, self._params)
+
+
+@torch.no_grad()
+def _outputs_and_losses(model: nn.Module, task: Task, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Return the model's outputs ``(n, *)`` in evaluation mode, and the losses ``(n,)``."""
+    model.eval()
+    parts = [model(inputs) for inputs in torch.split(examples.inputs, EVALUATION_BATCH)]
+    outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return outputs, task.losses(outputs, examples.targets)
+
+
+def evaluate(model: nn.Module, task: Task, examples: Examples, *, params: Params) -> Evaluation:
+    """Return the mean loss and all the task's metrics of a model on records.
+
+    Args:
+        model: Scratch module, overwritten.
+        task: Gives loss and metrics.
+        examples: Records, at least one.
+        params: The model to measure.
+    """
+    write_params(model, params)
+    outputs, losses = _outputs_and_losses(model, task, examples)
+    metrics = {"loss": losses.double().mean().item(), **task.metrics(outputs, examples.targets)}
+    return Evaluation(num_examples=len(examples), metrics=metrics)
+
+
+def evaluate_quickly(model: nn.Module, task: Task, examples: Examples) -> Evaluation:
+    """Return the mean loss, and the accuracy of a classifier: what every round can afford."""
+    outputs, losses = _outputs_and_losses(model, task, examples)
+    metrics = {"loss": losses.double().mean().item()}
+    if outputs.ndim == 2 and not examples.targets.is_floating_point():
+        metrics["accuracy"] = accuracy(outputs, examples.targets)
+    return Evaluation(num_examples=len(examples), metrics=metrics)

@@ -1,0 +1,262 @@
+"""The frozen types that cross module borders, and the streams of randomness they are drawn with.
+
+Nothing here knows Flower, Hydra or a file format. Every other module may import this one;
+it imports none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+ClientId: TypeAlias = str
+"""Stable name of a client: its partition number in a simulation, its site's name in a deployment.
+
+Never Flower's node id, which is drawn anew whenever a node connects.
+"""
+
+Params: TypeAlias = Mapping[str, Tensor]
+"""Name -> tensor: the floating-point entries of a module's ``state_dict``, or a change of them."""
+
+
+class FlAppError(Exception):
+    """Base of the errors whose message is meant for the person who runs the command."""
+
+
+class ConfigError(FlAppError, ValueError):
+    """A configuration or an input that cannot be run. Ends a command with exit code 2.
+
+    The message names the key, the value, the rule and the way out.
+    """
+
+
+class EmptyCohortError(FlAppError):
+    """No client at all could be asked to take part in a round."""
+
+
+class Role(StrEnum):
+    """What a stream of randomness is for. Streams of different roles never share a seed."""
+
+    MODEL = "model"
+    PARTITION = "partition"
+    SPLIT = "split"
+    COHORT = "cohort"
+    BATCHES = "batches"
+    LAYERS = "layers"
+    FAULTS = "faults"
+
+
+def stream_seed(seed: int, role: Role, *, round: int = 0, client: ClientId = "") -> int:
+    """Return the 63-bit seed of the stream for ``(seed, role, round, client)``.
+
+    Seeds of different streams are unrelated (SHA-256), so neither the order in which clients are
+    trained nor the process that trains them can change what a client draws. For plain training
+    only: what a privacy guarantee rests on must not be derivable from a seed that others know.
+    """
+    digest = hashlib.sha256(f"{seed}/{role}/{round}/{client}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def stream(seed: int, role: Role, *, round: int = 0, client: ClientId = "") -> torch.Generator:
+    """Return a fresh CPU generator at the start of the stream ``(seed, role, round, client)``."""
+    return torch.Generator().manual_seed(stream_seed(seed, role, round=round, client=client))
+
+
+def client_order(client: ClientId) -> tuple[int, str]:
+    """Return the key that sorts client ids: shorter first, then by character, so "2" < "10"."""
+    return len(client), client
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """Records of one data set or a part of it.
+
+    Attributes:
+        inputs: Float tensor of shape ``(n, *features)``.
+        targets: One target a record, shape ``(n,)``; int64 class numbers for classification.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return the records at ``indices`` (int64, shape ``(k,)``), in that order."""
+        return Examples(inputs=self.inputs[indices], targets=self.targets[indices])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientExamples:
+    """What one client owns, split once and for all.
+
+    Attributes:
+        train: Records it trains on; never empty.
+        validation: Records its early stopping watches, or None.
+        test: Its own held-out part, on which the received global model is measured, or None.
+    """
+
+    train: Examples
+    validation: Examples | None = None
+    test: Examples | None = None
+
+
+class FederatedData(Protocol):
+    """Who the clients are, and what each of them owns."""
+
+    @property
+    def clients(self) -> Sequence[ClientId]:
+        """All client ids in canonical order (`client_order`); may be lazy, so of any length."""
+        ...
+
+    @property
+    def held_out(self) -> Examples | None:
+        """Records of no client, for the server to measure the global model on, or None."""
+        ...
+
+    def examples_of(self, client: ClientId) -> ClientExamples:
+        """Return what ``client`` owns; the same records whenever and wherever it is called."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One model measured on one set of records.
+
+    Attributes:
+        num_examples: Records measured on, > 0.
+        metrics: Name -> value; a metric that is undefined on these records is absent.
+    """
+
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainInstruction:
+    """What the server asks of one client in one round.
+
+    Attributes:
+        round: Round number, from 1.
+        params: The global model.
+        deadline_s: Seconds the client has, or None for no limit.
+    """
+
+    round: int
+    params: Params
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientUpdate:
+    """What one client sends back after one round.
+
+    Attributes:
+        client: Sender.
+        round: Round it answers.
+        delta: Local minus global parameters; names and shapes of the model.
+        num_examples: Records trained on, > 0; its weight in a weighted mean.
+        metrics: Figures of the local training, such as the mean loss.
+        evaluation: The *received* model on the client's own held-out part, or None.
+        num_bytes: Size of ``delta`` as it was sent; ``num_bytes_uncompressed`` as float tensors.
+    """
+
+    client: ClientId
+    round: int
+    delta: Params
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    num_bytes: int = 0
+    num_bytes_uncompressed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientDescription:
+    """What a client is willing to tell about itself.
+
+    Attributes:
+        client: Its stable id.
+        num_examples: Records it would train on.
+        label_counts: Records of each class, or None if its configuration does not allow that.
+    """
+
+    client: ClientId
+    num_examples: int
+    label_counts: tuple[int, ...] | None = None
+
+
+class PrivacyUnit(StrEnum):
+    """Whose presence a guarantee hides; NONE if there is no guarantee."""
+
+    NONE = "none"
+    RECORD = "record"
+    CLIENT = "client"
+
+
+class FailureKind(StrEnum):
+    """Why a client that was asked brought nothing to the round."""
+
+    OFFLINE = "offline"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+    REJECTED = "rejected"
+
+
+class StopReason(StrEnum):
+    """Why a run ended: its rounds were done, its target reached, no progress, or no time left."""
+
+    ROUNDS = "rounds"
+    TARGET = "target"
+    PLATEAU = "plateau"
+    TIME = "time"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """One client that was asked and brought nothing to the round; ``reason`` is one line."""
+
+    client: ClientId
+    kind: FailureKind
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundReport:
+    """What happened in one round: one line of ``rounds.jsonl``.
+
+    Attributes:
+        round: Round number, from 1.
+        cohort: Clients asked, in canonical order.
+        num_updates: Updates that entered the aggregate.
+        applied: False if too few updates came back and the old model was kept.
+        failures: Clients asked that brought nothing.
+        metrics: The new global model on the held-out set; empty in rounds that skip it.
+        client_metrics: Mean over the cohort, weighted by examples: ``train_*`` of the local
+            training, ``test_*`` of the received model on the clients' own held-out parts.
+        client_accuracy: Client -> accuracy of the received model on its own held-out part.
+        epsilon: Largest privacy loss a client has spent so far; None without privacy.
+        uplink_bytes, downlink_bytes, uplink_uncompressed_bytes: Model bytes moved in this round.
+        seconds: Wall-clock seconds of the round; the one entry that a rerun does not repeat.
+    """
+
+    round: int
+    cohort: tuple[ClientId, ...]
+    num_updates: int
+    applied: bool
+    failures: tuple[Failure, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    client_metrics: Mapping[str, float] = field(default_factory=dict)
+    client_accuracy: Mapping[ClientId, float] = field(default_factory=dict)
+    epsilon: float | None = None
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    uplink_uncompressed_bytes: int = 0
+    seconds: float = 0.0

@@ -1,0 +1,130 @@
+"""Contender: stock Flower, ``flwr.simulation.run_simulation`` on Ray with two cores.
+
+Server and client are written as Flower's PyTorch quickstart writes them: FedAvg, and a ClientApp
+that builds model, DataLoader and optimizer for every message. ``run_simulation`` is deprecated,
+but it is the runtime below ``flwr run``, and what people measure.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+from hydra.utils import instantiate
+from synthetic_task import RandomImages
+from torch.utils.data import DataLoader, TensorDataset
+from turns import Turns
+
+from fl_app.types import Role, stream_seed
+
+SEED, CLIENTS, FRACTION, BATCH, LR = 1, 1000, 0.1, 10, 0.1
+
+
+class TimedFedAvg(FedAvg):
+    """FedAvg that takes turns; a round is timed from its selection to its new model."""
+
+    def __init__(self, turns: Turns, **options: float) -> None:
+        super().__init__(**options)
+        self._turns = turns
+        self._began = 0.0
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Wait for the turn, start the clock, and select the cohort."""
+        self._turns.wait()
+        self._began = time.perf_counter()
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate, stop the clock, and report."""
+        replies = list(replies)
+        result = super().aggregate_train(server_round, replies)
+        seconds = time.perf_counter() - self._began
+        clients = sum(not reply.has_error() for reply in replies)
+        self._turns.report(round=server_round, seconds=seconds, clients=clients)
+        return result
+
+
+def server_app(task: RandomImages, rounds: int, turns: Turns) -> ServerApp:
+    """Return the ServerApp."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        while len(list(grid.get_node_ids())) < CLIENTS:
+            time.sleep(0.1)
+        torch.manual_seed(stream_seed(SEED, Role.MODEL))
+        network = task.build_model()
+        strategy = TimedFedAvg(turns, fraction_train=FRACTION, fraction_evaluate=0.0)
+        turns.report(ready=True)
+        strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(network.state_dict()),
+            train_config=ConfigRecord({"lr": LR}),
+            num_rounds=rounds,
+        )
+
+    return app
+
+
+def client_app(task: RandomImages) -> ClientApp:
+    """Return the ClientApp."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)
+        network = task.build_model()
+        network.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        records = task.generate(str(context.node_config["partition-id"]), SEED).train
+        dataset = TensorDataset(records.inputs, records.targets)
+        loader = DataLoader(dataset, batch_size=BATCH, shuffle=True)
+        criterion = torch.nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(network.parameters(), lr=message.content["config"]["lr"])
+        network.train()
+        running_loss = 0.0
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = criterion(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
+        metrics = {"train_loss": running_loss / len(loader), "num-examples": len(dataset)}
+        content = {"arrays": ArrayRecord(network.state_dict()), "metrics": MetricRecord(metrics)}
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+def main(model: str, rounds: int) -> None:
+    """Play rounds.
+
+    Args:
+        model: Import path of the model's recipe.
+        rounds: Rounds to play.
+    """
+    torch.set_num_threads(1)
+    task = RandomImages(model=instantiate({"_target_": model}))
+    run_simulation(
+        server_app=server_app(task, rounds, Turns()),
+        client_app=client_app(task),
+        num_supernodes=CLIENTS,
+        backend_config={
+            "init_args": {"num_cpus": 2, "log_to_driver": False},
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,133 @@
+"""Every YAML composes, builds and round-trips; every mistake is answered in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import TINY, play, summary_of
+
+from fl_app.config import (
+    build,
+    compose_config,
+    from_run_config,
+    make_engine,
+    resumed_config,
+    to_json,
+)
+from fl_app.run_config import conf_dir
+from fl_app.types import ConfigError
+
+GROUPS = sorted(
+    str(path.relative_to(conf_dir()).with_suffix(""))
+    for path in conf_dir().rglob("*.yaml")
+    if path.parent != conf_dir()
+)
+
+# Choices that need another choice beside them: a natural partition needs a task with owners, a
+# generated one needs a task that generates; both are built in tests of their own.
+NEEDS_COMPANY = {"partition/natural", "partition/generated"}
+
+SMALLER = {"partition/exponential": ["partition.num_clients=4"]}
+
+
+@pytest.mark.parametrize("choice", [g for g in GROUPS if g not in NEEDS_COMPANY])
+def test_every_yaml_composes_builds_and_round_trips_through_json(choice: str) -> None:
+    group, _, name = choice.rpartition("/")
+    config = compose_config([f"{group}={name}", *SMALLER.get(choice, [])])
+    again = from_run_config({"config-json": to_json(config)})
+    assert json.loads(to_json(again)) == json.loads(to_json(config))
+    components = build(to_json(config))
+    assert len(components.data.clients) >= 1
+
+
+@pytest.mark.parametrize("name", [g.split("/")[1] for g in GROUPS if g.startswith("experiment/")])
+def test_every_experiment_runs_two_rounds(name: str, tmp_path: Path) -> None:
+    run_dir = play(tmp_path / "run", f"experiment={name}", "rounds=2", "progress=none", tiny=False)
+    summary = summary_of(run_dir)
+    assert summary["rounds"] == 2
+    assert summary["metrics"]["accuracy"] > 0.2
+
+
+def test_overrides_of_flowers_run_config_mean_what_they_mean_on_the_command_line() -> None:
+    overrides = "task=breast_cancer strategy=fedadam rounds=5"
+    config = from_run_config({"overrides": overrides, "config-json": ""})
+    assert config == compose_config(overrides.split())
+    assert config["task"]["_target_"].endswith("BreastCancer")
+
+
+def test_config_json_wins_over_overrides() -> None:
+    config = compose_config(["rounds=7"])
+    assert from_run_config({"overrides": "rounds=3", "config-json": to_json(config)}) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("taskk=digits", ["taskk", "did you mean task"]),
+        ("task=digit", ["task=digit", "did you mean digits", "breast_cancer"]),
+        ("strategy=fedavgg", ["strategy=fedavgg", "fedavg"]),
+        ("strategy.lr=1", ["strategy.lr"]),
+        ("+strategy.aggregation.weightin=uniform", ["weightin", "did you mean weighting"]),
+        ("+client.optimizer.momentun=0.9", ["client.optimizer.momentun", "momentum"]),
+        ("rounds=0", ["rounds=0", ">= 1"]),
+        ("rounds=ten", ["rounds=ten", "int"]),
+        ("seed=-1", ["seed=-1", ">= 0"]),
+        ("selection.fraction=half", ["selection.fraction='half'", "float"]),
+        ("selection.fraction=0", ["selection.fraction=0", "(0, 1]"]),
+        ("selection.count=11", ["selection.count=11", "population of 10"]),
+        ("selection.min_replies=6", ["selection.min_replies=6", "cohort of 5"]),
+        ("partition.num_clients=2000", ["partition.num_clients=2000", "1437"]),
+        ("partition=natural", ["task=digits"]),
+        ("client.epochs=1.5", ["client.epochs=1.5", "int"]),
+        ("client.optimizer.lr=-1", ["client.optimizer", "-1"]),
+        ("client.early_stopping_patience=2", ["partition.validation_fraction"]),
+        ("strategy.server_optimizer.lr=fast", ["strategy.server_optimizer"]),
+        ("strategy.aggregation.weighting=size", ["weighting=size", "examples", "uniform"]),
+        ("task._target_=nowhere.Task", ["task._target_=nowhere.Task", "cannot be imported"]),
+        ("engine.workers=0", ["engine.workers=0", ">= 1"]),
+        ("engine.vectorize=true", ["engine.vectorize=True", "not available"]),
+        ("progress=loud", ["progress=loud"]),
+        ("stopping.patience=0", ["stopping.patience=0"]),
+        ("rounds=", ["rounds"]),
+        ("[rounds", ["[rounds"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_key_and_the_way_out(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config = compose_config([override])
+        build(to_json(config))
+        make_engine(config)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_dir_adds_choices_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "strategy").mkdir()
+    (tmp_path / "strategy" / "mine.yaml").write_text(
+        "defaults: [fedavg, _self_]\nname: mine\nserver_optimizer: {lr: 0.5}\n"
+    )
+    config = compose_config(["strategy=mine"], [tmp_path])
+    assert build(to_json(config)).composition.name == "mine"
+
+
+def test_a_resumed_run_takes_only_keys_that_leave_the_past_alone(tmp_path: Path) -> None:
+    run_dir = play(tmp_path / "run", "rounds=1")
+    assert resumed_config(str(run_dir), ["rounds=9", "engine.workers=2"])["rounds"] == 9
+    for override in ("seed=2", "strategy=fedadam", "client.epochs=2"):
+        with pytest.raises(ConfigError, match="another run"):
+            resumed_config(str(run_dir), [override])
+    with pytest.raises(ConfigError, match="roundz"):
+        resumed_config(str(run_dir), ["stopping.roundz=9"])
+    with pytest.raises(ConfigError, match="config.yaml"):
+        resumed_config(str(tmp_path), [])
+
+
+def test_the_default_run_is_the_quickstart() -> None:
+    def without_name(*overrides: str) -> dict[str, object]:
+        return {**compose_config(overrides), "name": None}
+
+    assert without_name() == without_name("experiment=quickstart")
+    assert TINY  # the tests' own recipe is a diff of it
