@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
 from fl_app.checkpoint import Checkpoints
 from fl_app.config import Components, build, make_tracker, to_json, to_yaml
@@ -219,6 +220,13 @@ def wait_for_clients(directory: Directory, count: int, *, patience_s: float = 12
         time.sleep(1.0)
 
 
+def engine_of(grid: Grid) -> str:
+    """Return which engine carries the messages: what a run was, whatever it was asked to be."""
+    if isinstance(grid, KnowsClients):
+        return "local"
+    return "simulation" if isinstance(grid, InMemoryGrid) else "deployment"
+
+
 def _evaluator(components: Components) -> Callable[[Params], Evaluation] | None:
     """Return what measures a global model on the held-out set, or None if there is no such set."""
     held_out = components.data.held_out
@@ -259,7 +267,7 @@ def _conclude(
     )
     summary = Summary(
         task=components.task.name,
-        engine=config["engine"]["name"],
+        engine=engine_of(run.grid),
         strategy=components.composition.name,
         seed=components.seed,
         rounds=run.strategy.state.round,

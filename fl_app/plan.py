@@ -25,7 +25,7 @@ def describe_plan(config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: It could not run.
     """
     components = build(to_json(config))
-    make_engine(config)
+    engine = make_engine(config)
     make_tracker(config)
     params, trainable = initial_model(components, config["initial_model"])
     clients = components.data.clients
@@ -49,7 +49,7 @@ def describe_plan(config: Mapping[str, Any]) -> dict[str, Any]:
         "cohort_size": cohort,
         "uplink_bytes_per_round": cohort * num_bytes(params),
         "privacy": type(components.privacy).__name__,
-        "engine": config["engine"]["name"],
+        "engine": type(engine).__name__,
         "seed": components.seed,
     }
 

@@ -524,10 +524,7 @@ def test_simulated_failures_are_a_function_of_seed_round_and_client_at_their_rat
 
 
 def test_a_client_tells_its_label_counts_only_if_it_is_set_to() -> None:
-    silent, open_ = (
-        LocalTraining(optimizer=SGD),
-        LocalTraining(optimizer=SGD, share_label_counts=True),
-    )
+    silent = LocalTraining(optimizer=SGD)
     assert runtime(silent).describe("0").label_counts is None
     told = runtime(replace(silent, share_label_counts=True)).describe("0")
     assert told.num_examples == 12

@@ -47,7 +47,6 @@ class LocalEngine:
     """Runs a whole federation on this machine.
 
     Attributes:
-        name: For the records.
         workers: Processes that train clients, >= 1; 1 is this process itself. Any number gives
             the same bits.
         threads: Torch's intra-op threads in each, >= 1. Another number gives other bits, and for
@@ -55,7 +54,6 @@ class LocalEngine:
         vectorize: "auto" or "false": clients are trained one by one.
     """
 
-    name: str = "local"
     workers: int = 1
     threads: int = 1
     vectorize: str = "auto"
