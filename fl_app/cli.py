@@ -131,7 +131,7 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from fl_app.run_config import CONFIG_NAME, conf_dir, register
-    from fl_app.types import ConfigError, FlAppError
+    from fl_app.types import ConfigError, FlAppError, InterruptedRunError
 
     sweep = "--multirun" in arguments or "-m" in arguments
     failed: list[FlAppError] = []
@@ -147,6 +147,8 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
         try:
             config = {**to_plain(composed), "run_dir": str(folder)}
             played.append((overrides, _play(config, as_json=as_json)))
+        except InterruptedRunError:
+            raise
         except FlAppError as error:  # Hydra would print a message of its own on top
             failed.append(error)
             if folder.is_dir() and not any(folder.iterdir()):

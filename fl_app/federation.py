@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import random
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -41,10 +42,12 @@ from fl_app.tracking.summary import (
 )
 from fl_app.training import evaluate
 from fl_app.types import (
+    ClientId,
     ConfigError,
     EmptyCohortError,
     Evaluation,
     FlAppError,
+    InterruptedRunError,
     Params,
     Role,
     StopReason,
@@ -52,10 +55,6 @@ from fl_app.types import (
 )
 
 log = logging.getLogger(__name__)
-
-
-class InterruptedRunError(FlAppError):
-    """Somebody pressed Ctrl-C."""
 
 
 class RunFolderError(FlAppError):
@@ -220,6 +219,14 @@ def wait_for_clients(directory: Directory, count: int, *, patience_s: float = 12
         time.sleep(1.0)
 
 
+def _some(clients: Sequence[ClientId], count: int, *, seed: int) -> Sequence[ClientId]:
+    """Return all clients, or ``count`` of them drawn from the seed if there are more."""
+    if count >= len(clients):
+        return clients
+    generator = random.Random(stream_seed(seed, Role.FAIRNESS))
+    return [clients[position] for position in sorted(generator.sample(range(len(clients)), count))]
+
+
 def engine_of(grid: Grid) -> str:
     """Return which engine carries the messages: what a run was, whatever it was asked to be."""
     if isinstance(grid, KnowsClients):
@@ -255,7 +262,7 @@ def _conclude(
     """Measure the final model and write what a run leaves."""
     params = run.strategy.state.params
     clients = run.strategy.clients()
-    asked = clients[: config["fairness_clients"]]
+    asked = _some(clients, config["fairness_clients"], seed=components.seed)
     evaluations = run.strategy.evaluate_clients(run.grid, asked) if asked else {}
     accuracies = {
         client: evaluation.metrics["accuracy"]

@@ -130,6 +130,7 @@ class FederatedStrategy(Strategy):
         self._seed = seed
         self._wanted = 0
         self._asked: dict[int, ClientId] = {}
+        self._wanted = 0
         self._offline: list[Failure] = []
 
     # Flower's interface ---------------------------------------------------------------------------
@@ -151,6 +152,7 @@ class FederatedStrategy(Strategy):
         self._wanted = self._selector.wanted(len(clients))
         cohort = self._selector.select(clients, round=server_round, seed=self._seed)
         self._asked, self._offline = {}, []
+        self._wanted = self._selector.wanted(len(clients))
         for client in cohort:
             node = self._directory.node_of(client)
             if node is None:

@@ -36,6 +36,10 @@ class ConfigError(FlAppError, ValueError):
     """
 
 
+class InterruptedRunError(FlAppError):
+    """Somebody pressed Ctrl-C."""
+
+
 class EmptyCohortError(FlAppError):
     """No client at all could be asked to take part in a round."""
 
@@ -50,6 +54,7 @@ class Role(StrEnum):
     BATCHES = "batches"
     LAYERS = "layers"
     FAULTS = "faults"
+    FAIRNESS = "fairness"
 
 
 def stream_seed(seed: int, role: Role, *, round: int = 0, client: ClientId = "") -> int:

@@ -15,11 +15,13 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from helpers import environment, fl_app, play, play_config, rounds_of, summary_of
+from helpers import TINY, environment, fl_app, play, play_config, rounds_of, summary_of
 from torch import nn
 
 from fl_app.client_state import MemoryClientState
+from fl_app.codec import decode_description, query_messages
 from fl_app.config import build, compose_config, to_json
+from fl_app.directory import QueryDirectory
 from fl_app.engines.local import InProcess, LocalDirectory, LocalEngine, LocalGrid, adopt_identity
 from fl_app.federation import initial_model
 from fl_app.params import model_hash
@@ -295,3 +297,29 @@ def test_an_unmodified_flower_strategy_and_client_app_run_on_our_grid() -> None:
     )
     # Nodes 1, 2, 3 each add their own number: the mean grows by 2 a round.
     assert result.arrays.to_numpy_ndarrays()[0].tolist() == [4.0, 4.0]
+
+
+def test_clients_answer_a_query_with_what_they_are_willing_to_tell() -> None:
+    for share in (False, True):
+        config = compose_config([f"client.share_label_counts={str(share).lower()}", *TINY])
+        components = build(to_json(config))
+        adopt_identity()
+        with LocalEngine().grid(components.data.clients, {"config-json": to_json(config)}) as grid:
+            replies = grid.send_and_receive(query_messages(grid.get_node_ids(), ttl=60.0))
+        told = [decode_description(reply) for reply in replies]
+        assert [description.client for description in told] == list(components.data.clients)
+        for description in told:
+            targets = components.data.examples_of(description.client).train.targets
+            assert description.num_examples == len(targets)
+            counts = tuple(torch.bincount(targets).tolist()) if share else None
+            assert description.label_counts == counts
+
+
+def test_a_grid_that_does_not_know_its_clients_has_them_asked() -> None:
+    config = compose_config(TINY)
+    components = build(to_json(config))
+    adopt_identity()
+    with LocalEngine().grid(components.data.clients, {"config-json": to_json(config)}) as grid:
+        directory = QueryDirectory(grid)
+        assert list(directory.clients()) == list(components.data.clients)
+        assert [directory.node_of(c) for c in directory.clients()] == list(grid.get_node_ids())
