@@ -21,7 +21,8 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Literal, TypeAlias, TypeVar, cast
+from itertools import islice
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ _ROUND, _NUM_EXAMPLES, _TEST_NUM_EXAMPLES = "server-round", "num-examples", "tes
 _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
 _NPY = "numpy.ndarray"
+_MOST_METRICS, _LONGEST_NAME = 64, 64
 _Order: TypeAlias = Literal["C", "F"]
 _C_ORDER: _Order = "C"
 _R = TypeVar("_R", ArrayRecord, MetricRecord, ConfigRecord)
@@ -82,9 +84,10 @@ def encode_params(params: Params) -> ArrayRecord:
     for name, tensor in params.items():
         values = tensor.detach().cpu().numpy()
         transposed = values.flags.f_contiguous and not values.flags.c_contiguous
-        header = _npy_header(str(values.dtype), values.shape, fortran_order=transposed)
+        dtype = _dtype_name(values.dtype)
+        header = _npy_header(dtype, values.shape, fortran_order=transposed)
         record[name] = Array(
-            dtype=str(values.dtype),
+            dtype=dtype,
             shape=values.shape,
             stype=_NPY,
             data=header + values.tobytes(order="F" if transposed else "C"),
@@ -149,6 +152,12 @@ def _read_npy_header(array: Array) -> tuple[int, _Order]:
     if shape != tuple(array.shape) or dtype != np.dtype(array.dtype):
         raise ValueError(f"it holds {dtype}{shape}")
     return stream.tell(), "F" if fortran_order else "C"
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """Return NumPy's name of a type, such as "float32", which NumPy makes anew at every call."""
+    return str(dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -281,10 +290,19 @@ def _record(reply: Message, key: str, kind: type[_R]) -> _R:
 
 
 def _floats(metrics: MetricRecord, prefix: str) -> Mapping[str, float]:
-    return {
+    """Return the figures with a prefix; what is no plain finite figure is left out.
+
+    They go into means, and into files that must stay readable, whatever a client sends.
+    """
+    named = {
         key.removeprefix(prefix).replace("-", "_"): float(value)
-        for key, value in metrics.items()
+        for key, value in islice(metrics.items(), _MOST_METRICS)
         if key.startswith(prefix) and isinstance(value, (int, float))
+    }
+    return {
+        name: value
+        for name, value in named.items()
+        if math.isfinite(value) and len(name) <= _LONGEST_NAME and name.isidentifier()
     }
 
 

@@ -5,6 +5,8 @@ Nothing below this module sees Hydra.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -241,9 +243,25 @@ def make_tracker(config: Mapping[str, Any]) -> Any:
     return _make(config, "tracking") if config["tracking"] else None
 
 
+def _with_plain_partials(component: Any) -> Any:
+    """Return a component with Python's own partials in place of Hydra's.
+
+    Hydra's check their target again at every call. Optimizers are made for every client, and the
+    target was checked when the configuration was.
+    """
+    if isinstance(component, functools.partial):
+        return functools.partial(component.func, *component.args, **component.keywords)
+    if not dataclasses.is_dataclass(component) or isinstance(component, type):
+        return component
+    fields = {f.name: getattr(component, f.name) for f in dataclasses.fields(component) if f.init}
+    plain = {name: _with_plain_partials(value) for name, value in fields.items()}
+    changed = {name: value for name, value in plain.items() if value is not fields[name]}
+    return dataclasses.replace(component, **changed) if changed else component
+
+
 def _make(config: Mapping[str, Any], key: str) -> Any:
     try:
-        return instantiate(config[key], _convert_="all")
+        return _with_plain_partials(instantiate(config[key], _convert_="all"))
     except InstantiationException as error:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, ConfigError):

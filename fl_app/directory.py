@@ -7,6 +7,7 @@ stable client ids to the nodes that are connected now.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -49,11 +50,15 @@ class QueryDirectory:
     Args:
         grid: Where the nodes are.
         timeout_s: Seconds a node has to answer.
+        retry_s: Seconds after which a node that did not is asked again: asked in every round, one
+            silent node would make each of them wait.
     """
 
-    def __init__(self, grid: Grid, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, grid: Grid, *, timeout_s: float = 60.0, retry_s: float = 300.0) -> None:
         self._grid = grid
         self._timeout_s = timeout_s
+        self._retry_s = retry_s
+        self._not_before: dict[int, float] = {}
         self._names: dict[int, ClientId] = {}
         self._clients: list[ClientId] = []
         self._nodes: dict[ClientId, int] = {}
@@ -72,12 +77,17 @@ class QueryDirectory:
         self._nodes = {c: node for c, node in self._nodes.items() if node in connected}
         for node in sorted(connected & self._names.keys()):
             self._nodes.setdefault(self._names[node], node)  # one that is back
-        unknown = sorted(connected - self._names.keys())
+        now = time.monotonic()
+        unknown = sorted(
+            node for node in connected - self._names.keys() if self._not_before.get(node, 0) <= now
+        )
         if not unknown:
             return
+        silent = set(unknown)
         messages = query_messages(unknown, ttl=self._timeout_s)
         for reply in self._grid.send_and_receive(messages, timeout=self._timeout_s):
             node = reply.metadata.src_node_id
+            silent.discard(node)
             failure = failure_of(reply)
             if failure:
                 log.warning("Node %d does not say who it is: %s", node, failure[1])
@@ -86,6 +96,9 @@ class QueryDirectory:
                 self._add(node, decode_description(reply).client)
             except MalformedReplyError as error:
                 log.warning("Node %d does not say who it is: %s", node, error)
+        self._not_before = dict.fromkeys(silent, now + self._retry_s) | {
+            node: after for node, after in self._not_before.items() if after > now
+        }
 
     def _add(self, node: int, client: ClientId) -> None:
         if client in self._nodes:

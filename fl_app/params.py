@@ -23,8 +23,11 @@ from fl_app.types import ConfigError, Params
 
 
 def _float_entries(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
+    """Yield the parameters; of tied ones, which are the same tensor, the first name alone."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and id(tensor) not in seen:
+            seen.add(id(tensor))
             yield name, tensor
 
 
@@ -51,6 +54,7 @@ def write_params(model: nn.Module, params: Params) -> None:
     torch._foreach_copy_(targets, sources)
 
 
+@torch.no_grad()
 def params_delta(model: nn.Module, start: Params) -> Params:
     """Return the model's parameters minus ``start``, as new tensors."""
     names, local = zip(*_float_entries(model), strict=True)
@@ -67,7 +71,7 @@ def l2_norm(params: Params) -> float:
     """Return the L2 norm over all tensors as if concatenated; NaN or inf if any entry is."""
     if not params:
         return 0.0
-    norms = torch._foreach_norm([tensor.double() for tensor in params.values()])
+    norms = torch._foreach_norm(list(params.values()), 2, torch.float64)
     return float(torch.linalg.vector_norm(torch.stack(list(norms))))
 
 

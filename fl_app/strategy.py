@@ -302,7 +302,7 @@ class FederatedStrategy(Strategy):
                     reply.metadata.src_node_id,
                 )
                 continue
-            result = self._accept(reply, client)
+            result = self._accept(reply, client, round)
             if isinstance(result, Failure):
                 failures[client] = result
                 log.warning(
@@ -322,7 +322,7 @@ class FederatedStrategy(Strategy):
         failed = sorted(failures, key=client_order)
         return [updates[c] for c in order], tuple(failures[c] for c in failed)
 
-    def _accept(self, reply: Message, client: ClientId) -> ClientUpdate | Failure:
+    def _accept(self, reply: Message, client: ClientId, round: int) -> ClientUpdate | Failure:
         """Return the update in a reply, or why there is none that may be used."""
         failure = failure_of(reply)
         if failure:
@@ -330,6 +330,8 @@ class FederatedStrategy(Strategy):
         try:
             update = decode_update(reply, client)
             objection = self._checks.objection(update, self.state.params)
+            if update.round != round:
+                objection = f"it answers round {update.round}"
         except MalformedReplyError as error:
             objection = str(error)
         if objection:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from fl_app.local_optimizer import LocalOptimizer, make_local_optimizer
 from fl_app.objective import LocalObjective
 from fl_app.params import params_delta, read_params, write_params
 from fl_app.server_optimizer import OptimizerFactory
@@ -155,10 +154,7 @@ def train_locally(
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     local = [p for _, p in parameters]
     start = [received[name] for name, _ in parameters]
-    optimizer = training.optimizer(local)
-    if optimizer_state is not None:
-        # A copy: torch keeps the given tensors, and steps them in place.
-        optimizer.load_state_dict(deepcopy(dict(optimizer_state)))
+    optimizer = make_local_optimizer(training.optimizer, local, optimizer_state)
     generator = randomness.batches()
     best = _BestEpoch(training.early_stopping_patience)
     loss, epoch = 0.0, 0
@@ -208,21 +204,24 @@ def _others_restored(model: nn.Module, params: Params) -> Iterator[None]:
 
 def _batches(examples: Examples, size: int, generator: torch.Generator) -> Iterator[Examples]:
     order = torch.randperm(len(examples), generator=generator)
-    for indices in torch.split(order, size):
-        yield examples.take(indices)
+    shuffled = examples.take(order)  # one copy an epoch; batches are views of it
+    inputs, targets = torch.split(shuffled.inputs, size), torch.split(shuffled.targets, size)
+    for batch_inputs, batch_targets in zip(inputs, targets, strict=True):
+        yield Examples(inputs=batch_inputs, targets=batch_targets)
 
 
 def _step(
     model: nn.Module,
     task: Task,
     batch: Examples,
-    optimizer: Optimizer,
+    optimizer: LocalOptimizer,
     objective: LocalObjective,
     local: list[nn.Parameter],
     start: list[Tensor],
 ) -> float:
     """Take one optimizer step and return the batch's mean loss before it."""
-    optimizer.zero_grad()
+    for parameter in local:  # what zero_grad() does, in a tenth of the time
+        parameter.grad = None
     loss = task.losses(model(batch.inputs), batch.targets).mean()
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     objective.add_gradient(local, start)

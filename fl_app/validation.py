@@ -43,6 +43,11 @@ class UpdateChecks:
                 f"num_examples={update.num_examples} is outside "
                 f"[1, checks.max_num_examples={self.max_num_examples}]"
             )
+        if update.evaluation and update.evaluation.num_examples > self.max_num_examples:
+            return (
+                f"test-num-examples={update.evaluation.num_examples} is above "
+                f"checks.max_num_examples={self.max_num_examples}"
+            )
         misfit = describe_misfit(update.delta, model)
         if misfit:
             return f"update does not fit the model: {misfit}"

@@ -125,7 +125,7 @@ def test_a_sweep_plays_every_member_and_a_failed_one_does_not_end_it(
     assert _main(sweep) == 2
     summaries = sorted((tmp_path / "multirun").rglob("summary.json"))
     assert [json.loads(path.read_text())["strategy"] for path in summaries] == ["fedavg", "fedadam"]
-    assert capsys.readouterr().err.count("selection.count=99") == 2
+    assert capsys.readouterr().err.count("selection.count=99 exceeds") == 2
 
 
 def test_hydras_flags_pass_through(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ FIGURES = st.dictionaries(
     st.from_regex(r"[a-z][a-z0-9]{0,5}(_[a-z0-9]{1,5})?", fullmatch=True).filter(
         lambda name: name != "num_examples"
     ),
-    st.floats(allow_nan=False),
+    st.floats(allow_nan=False, allow_infinity=False),
     max_size=3,
 )
 
@@ -265,6 +265,16 @@ def test_an_evaluation_survives_the_way_through_a_message(count, metrics) -> Non
     sent = Evaluation(num_examples=count, metrics=metrics)
     reply = codec.evaluation_reply(instruction(MessageType.EVALUATE), sent)
     assert codec.decode_evaluation(carried(reply)) == sent
+
+
+def test_what_is_no_plain_finite_figure_is_left_out() -> None:
+    figures = {"loss": 1.0, "a": math.nan, "b": math.inf, "c" * 65: 1.0, "<script>": 1.0}
+    sent = Evaluation(num_examples=3, metrics=figures)
+    reply = codec.evaluation_reply(instruction(MessageType.EVALUATE), sent)
+    assert codec.decode_evaluation(reply).metrics == {"loss": 1.0}
+    many = Evaluation(num_examples=3, metrics={f"m{i}": 1.0 for i in range(10_000)})
+    reply = codec.evaluation_reply(instruction(MessageType.EVALUATE), many)
+    assert len(codec.decode_evaluation(reply).metrics) <= 64
 
 
 @pytest.mark.parametrize("counts", [None, (3, 0, 9), ()])

@@ -16,6 +16,7 @@ LAYERS = [
     ["params"],
     ["storage"],
     ["tasks", "privacy", "selection", "aggregation", "server_optimizer", "objective", "stopping"],
+    ["local_optimizer"],
     ["client_state", "checkpoint", "validation", "training", "codec", "tracking"],
     ["client", "directory"],
     ["strategy"],

@@ -120,7 +120,9 @@ def test_an_ordered_dict_becomes_a_dict_in_its_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tree", [{1, 2}, b"bytes", object(), 1j, Path("x"), threading.Lock(), [{"a": {3}}]], ids=repr
+    "tree",
+    [{1, 2}, b"bytes", object(), 1j, Path("x"), threading.Lock(), [{"a": {3}}]],
+    ids=lambda tree: type(tree).__name__,
 )
 def test_what_is_no_tree_is_refused_and_leaves_the_old_file(tmp_path: Path, tree) -> None:
     path = tmp_path / "t"

@@ -494,6 +494,29 @@ def test_a_node_that_failed_to_answer_is_asked_again() -> None:
     assert known(directory) == {"a": 1}
 
 
+def test_a_silent_node_is_not_asked_in_every_round() -> None:
+    questions = []
+
+    def silent(message: Message) -> None:
+        questions.append(message)
+
+    directory = QueryDirectory(Nodes(n1=named("a"), n2=silent), retry_s=3600.0)
+    assert known(directory) == known(directory) == {"a": 1}
+    assert len(questions) == 1
+    patient = QueryDirectory(Nodes(n1=named("a"), n2=silent), retry_s=0.0)
+    assert known(patient) == known(patient) == {"a": 1}
+    assert len(questions) >= 3
+
+
+def test_a_reply_to_another_round_is_rejected() -> None:
+    played = strategy(2)
+    late = [good(message) for message in asked(played, round=1)]
+    first, _ = asked(played, round=2)
+    played.aggregate_train(2, [good(first), late[1]])
+    assert failures(played) == {"1": FailureKind.REJECTED}
+    assert "answers round 1" in played.last_report().failures[0].reason
+
+
 def test_a_client_that_is_away_when_drawn_is_offline_and_the_others_go_on() -> None:
     grid = Nodes(n1=named("a"), n2=named("b"))
     played = strategy(directory=QueryDirectory(grid))

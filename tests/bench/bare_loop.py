@@ -13,7 +13,7 @@ import time
 import torch
 from hydra.utils import instantiate
 from safetensors.torch import save_file
-from synthetic_task import RandomImages
+from synthetic_task import BATCH, CLIENTS, FRACTION, LR, SEED, RandomImages
 from torch import Tensor
 from torch.nn import functional
 from turns import Turns
@@ -21,8 +21,6 @@ from turns import Turns
 from fl_app.selection import Uniform
 from fl_app.tasks.federated import ClientRange
 from fl_app.types import ClientId, Role, stream, stream_seed
-
-SEED, CLIENTS, FRACTION, BATCH, LR = 1, 1000, 0.1, 10, 0.1
 
 
 def main(model: str, rounds: int, saved_to: str) -> None:
@@ -72,7 +70,7 @@ def _draw(round: int) -> list[tuple[ClientId, tuple[Tensor, ...]]]:
     drawn = []
     for client in sorted(cohort, key=lambda c: (len(c), c)):
         generator = stream(SEED, Role.BATCHES, round=round, client=client)
-        order = torch.randperm(50, generator=generator)
+        order = torch.randperm(RandomImages.examples_per_client, generator=generator)
         drawn.append((client, torch.split(order, BATCH)))
     return drawn
 

@@ -52,6 +52,8 @@ def main() -> None:
     options = _options()
     console = Console()
     result: dict[str, Any] = {"machine": _machine(), "workloads": []}
+    load, cores = result["machine"]["load_before"][0], result["machine"]["cores"]
+    console.print(f"Load {load:.1f} on {cores} cores; figures are best taken below 0.5.")
     with tempfile.TemporaryDirectory(prefix="fl-app-bench-") as scratch:
         folder = Path(scratch)
         for workload in WORKLOADS[: 1 if options.quick else None]:

@@ -18,13 +18,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from hydra.utils import instantiate
-from synthetic_task import RandomImages
+from synthetic_task import BATCH, CLIENTS, FRACTION, LR, SEED, RandomImages
 from torch.utils.data import DataLoader, TensorDataset
 from turns import Turns
 
 from fl_app.types import Role, stream_seed
-
-SEED, CLIENTS, FRACTION, BATCH, LR = 1, 1000, 0.1, 10, 0.1
 
 
 class TimedFedAvg(FedAvg):

@@ -18,6 +18,9 @@ from fl_app.tasks import classification
 from fl_app.tasks.models import ModelBuilder
 from fl_app.types import ClientExamples, ClientId, Examples
 
+SEED, CLIENTS, FRACTION, BATCH, LR = 1, 1000, 0.1, 10, 0.1
+"""The workload; `bench_round` says the same to ``fl-app run`` on its command line."""
+
 POOL = 10_000
 """Images that exist; more clients than these suffice for share theirs."""
 
@@ -64,8 +67,9 @@ class RandomImages:
 
 @dataclass(frozen=True, kw_only=True)
 class LeNet:
-    """LeNet-5 with ReLU and max pooling (LeCun et al. 1998, "Gradient-based learning applied to
-    document recognition", Figure 2): 44,426 parameters on 28x28 pixels and ten classes.
+    """LeNet-5 with ReLU and max pooling: 44,426 parameters on 28x28 pixels and ten classes.
+
+    LeCun et al. 1998, "Gradient-based learning applied to document recognition", Figure 2.
     """
 
     def __call__(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
