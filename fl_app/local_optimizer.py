@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fl_app.server_optimizer import OptimizerFactory
 
@@ -36,7 +36,7 @@ class PlainSgd:
     Parameters without a gradient stay as they are.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, lr: float, weight_decay: float):
+    def __init__(self, parameters: Sequence[Tensor], *, lr: float, weight_decay: float):
         self._parameters = parameters
         self._lr = lr
         self._weight_decay = weight_decay
@@ -62,7 +62,7 @@ class PlainSgd:
 
 def make_local_optimizer(
     factory: OptimizerFactory,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     state: Mapping[str, Any] | None = None,
 ) -> LocalOptimizer:
     """Return the optimizer that a factory describes, over these parameters.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,21 +23,42 @@ from fl_app.files import write_atomically
 from fl_app.types import ConfigError, Params
 
 
-def _float_entries(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters; of tied ones, which are the same tensor, the first name alone."""
+def entries_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's own tensors by name: to be read or written in place, not to be kept.
+
+    Of tied parameters, which are one tensor, the first name alone is there.
+    """
+    entries: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name, tensor
+            entries[name] = tensor
+    return entries
+
+
+@torch.no_grad()
+def copy_into(entries: Mapping[str, Tensor], params: Params) -> None:
+    """Overwrite a model's own tensors (`entries_of`) in place.
+
+    Raises:
+        KeyError: A name is missing from ``params``.
+    """
+    torch._foreach_copy_(list(entries.values()), [params[name] for name in entries])
+
+
+@torch.no_grad()
+def change_of(entries: Mapping[str, Tensor], start: Params) -> Params:
+    """Return a model's own tensors (`entries_of`) minus ``start``, as new tensors."""
+    changes = torch._foreach_sub(list(entries.values()), [start[name] for name in entries])
+    return dict(zip(entries, changes, strict=True))
 
 
 def read_params(model: nn.Module) -> Params:
     """Return copies of the model's parameters."""
-    return {name: tensor.detach().clone() for name, tensor in _float_entries(model)}
+    return {name: tensor.detach().clone() for name, tensor in entries_of(model).items()}
 
 
-@torch.no_grad()
 def write_params(model: nn.Module, params: Params) -> None:
     """Overwrite the model's parameters in place.
 
@@ -47,19 +69,12 @@ def write_params(model: nn.Module, params: Params) -> None:
     Raises:
         KeyError: A parameter of the model is missing from ``params``.
     """
-    targets, sources = [], []
-    for name, tensor in _float_entries(model):
-        targets.append(tensor)
-        sources.append(params[name])
-    torch._foreach_copy_(targets, sources)
+    copy_into(entries_of(model), params)
 
 
-@torch.no_grad()
 def params_delta(model: nn.Module, start: Params) -> Params:
     """Return the model's parameters minus ``start``, as new tensors."""
-    names, local = zip(*_float_entries(model), strict=True)
-    deltas = torch._foreach_sub(list(local), [start[name] for name in names])
-    return dict(zip(names, (delta.detach() for delta in deltas), strict=True))
+    return change_of(entries_of(model), start)
 
 
 def trainable_names(model: nn.Module) -> frozenset[str]:
@@ -72,7 +87,7 @@ def l2_norm(params: Params) -> float:
     if not params:
         return 0.0
     norms = torch._foreach_norm(list(params.values()), 2, torch.float64)
-    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+    return math.hypot(*(norm.item() for norm in norms))
 
 
 def num_bytes(params: Params) -> int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fl_app.local_optimizer import LocalOptimizer, make_local_optimizer
 from fl_app.objective import LocalObjective
-from fl_app.params import params_delta, read_params, write_params
+from fl_app.params import change_of, copy_into, entries_of, read_params, write_params
 from fl_app.server_optimizer import OptimizerFactory
 from fl_app.tasks.base import Task
 from fl_app.tasks.classification import accuracy
@@ -149,28 +150,29 @@ def train_locally(
     Raises:
         ClientTimeoutError: The deadline passed.
     """
-    write_params(model, received)
+    entries = entries_of(model)
+    copy_into(entries, received)
     model.train()
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    local = [p for _, p in parameters]
-    start = [received[name] for name, _ in parameters]
+    trainable = {name: tensor for name, tensor in entries.items() if tensor.requires_grad}
+    local = list(trainable.values())
+    start = [received[name] for name in trainable]
     optimizer = make_local_optimizer(training.optimizer, local, optimizer_state)
     generator = randomness.batches()
     best = _BestEpoch(training.early_stopping_patience)
-    loss, epoch = 0.0, 0
+    loss_sum, epoch = torch.zeros(()), 0
     with _layers_seeded(randomness.layers()), _others_restored(model, received):
         for epoch in range(1, training.epochs + 1):
-            loss = 0.0
+            loss_sum = torch.zeros(())
             for batch in _batches(examples.train, training.batch_size, generator):
                 if deadline is not None and time.monotonic() > deadline:
                     raise ClientTimeoutError(f"Still training in epoch {epoch} at the deadline.")
-                loss += len(batch) * _step(model, task, batch, optimizer, objective, local, start)
+                loss_sum += _step(model, task, batch, optimizer, objective, local, start)
             if best.seen_enough(model, task, examples.validation):
                 break
     best.restore(model)
     return TrainedModel(
-        delta=params_delta(model, received),
-        metrics={"loss": loss / len(examples.train), "epochs": float(epoch)},
+        delta=change_of(entries, received),
+        metrics={"loss": loss_sum.item() / len(examples.train), "epochs": float(epoch)},
         optimizer_state=optimizer.state_dict(),
     )
 
@@ -216,17 +218,23 @@ def _step(
     batch: Examples,
     optimizer: LocalOptimizer,
     objective: LocalObjective,
-    local: list[nn.Parameter],
+    local: list[Tensor],
     start: list[Tensor],
-) -> float:
-    """Take one optimizer step and return the batch's mean loss before it."""
+) -> Tensor:
+    """Take one optimizer step on the batch's mean loss; return the sum of the losses before it."""
     for parameter in local:  # what zero_grad() does, in a tenth of the time
         parameter.grad = None
-    loss = task.losses(model(batch.inputs), batch.targets).mean()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    losses = task.losses(model(batch.inputs), batch.targets)
+    # The gradient of the mean, without the mean: a tenth of a small model's step.
+    losses.backward(_mean_weights(len(losses), losses.dtype))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     objective.add_gradient(local, start)
     optimizer.step()
-    return loss.item()
+    return losses.detach().sum()
+
+
+@lru_cache(maxsize=256)
+def _mean_weights(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(count, dtype=dtype) / count
 
 
 class _BestEpoch:

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 COHORT = 100
-OURS, WORKERS, BARE, FLOWER = "ours", "ours, 2 workers", "bare PyTorch loop", "flwr.simulation"
+OURS, WORKERS, BARE = "ours", "ours, 2 workers", "bare PyTorch loop"
+FLOWER, FLOWER_TUNED = "flwr.simulation", "flwr.simulation, tuned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +144,19 @@ def _contenders(workload: Workload, folder: Path, rounds: int) -> list[Contender
         ),
     ]
     if _has_ray():
-        contenders.append(
+        contenders += [
             Contender(
-                name=FLOWER,
-                path="run_simulation: Ray, 2 actors of 1 CPU, FedAvg, quickstart client",
-                command=[str(BENCH / "flower_simulation.py"), workload.model, str(rounds)],
-                folder=folder / "flower",
+                name=name,
+                path=f"run_simulation, FedAvg, the quickstart's client; {how}",
+                command=[str(BENCH / "flower_simulation.py"), workload.model, str(rounds), cpus],
+                folder=folder / f"flower_{cpus}",
                 frozen_between_turns=True,
             )
-        )
+            for name, cpus, how in (
+                (FLOWER, "0", "Ray as it comes: an actor claims two cores"),
+                (FLOWER_TUNED, "1", "Ray told to run an actor on each core"),
+            )
+        ]
     return contenders
 
 

@@ -1,4 +1,4 @@
-"""Contender: stock Flower, ``flwr.simulation.run_simulation`` on Ray with two cores.
+"""Contender: stock Flower, ``flwr.simulation.run_simulation`` on Ray.
 
 Server and client are written as Flower's PyTorch quickstart writes them: FedAvg, and a ClientApp
 that builds model, DataLoader and optimizer for every message. ``run_simulation`` is deprecated,
@@ -104,12 +104,14 @@ def client_app(task: RandomImages) -> ClientApp:
     return app
 
 
-def main(model: str, rounds: int) -> None:
+def main(model: str, rounds: int, cpus_per_client: int | None) -> None:
     """Play rounds.
 
     Args:
         model: Import path of the model's recipe.
         rounds: Rounds to play.
+        cpus_per_client: Cores that each Ray actor claims, or None to leave all settings of the
+            backend as they come (two cores, so one actor on a machine of two).
     """
     torch.set_num_threads(1)
     task = RandomImages(model=instantiate({"_target_": model}))
@@ -117,12 +119,13 @@ def main(model: str, rounds: int) -> None:
         server_app=server_app(task, rounds, Turns()),
         client_app=client_app(task),
         num_supernodes=CLIENTS,
-        backend_config={
+        backend_config=cpus_per_client
+        and {
             "init_args": {"num_cpus": 2, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "client_resources": {"num_cpus": cpus_per_client, "num_gpus": 0.0},
         },
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None)
