@@ -76,19 +76,20 @@ def main() -> None:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    # Hydra hides the exception behind a print and an exit unless told otherwise.
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra hides the exception behind a print and an exit unless told otherwise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         # Not 0 only after Ctrl-C before a run had begun.
         return 1 if cli(list(arguments), standalone_mode=False) else 0
     except Exception as error:
-        if show_traceback:
-            raise
         code, message = _describe(error)
-        if message is None:
+        if message is None or show_traceback:
             raise
         return _fail(message, code)
+    finally:
+        if not show_traceback:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 def _fail(message: str, code: int) -> int:

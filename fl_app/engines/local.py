@@ -88,6 +88,11 @@ class LocalEngine:
         pool = WorkerPool(
             workers=self.workers, threads=self.threads, run_config=run_config, states=states
         )
+        try:
+            pool.wait_until_ready()
+        except BaseException:
+            pool.close()
+            raise
         return LocalGrid(clients, pool, states, close=pool.close)
 
 

@@ -103,7 +103,7 @@ class WorkerPool:
 
     def run(self, jobs: Iterable[tuple[Message, UserConfig]]) -> Generator[Message, None, None]:
         """Yield one reply for each (instruction, node config), in that order."""
-        self._await_workers()
+        self.wait_until_ready()
         waiting = deque(self._numbered(jobs))
         due = deque(job.number for job in waiting)
         done: dict[int, tuple[Message, Any, _Job]] = {}
@@ -121,8 +121,8 @@ class WorkerPool:
             # What workers still do for this round is done in vain; its replies carry old numbers.
             self._abandon()
 
-    def _await_workers(self) -> None:
-        """Wait for workers that are still starting: that must not count as their clients' time.
+    def wait_until_ready(self) -> None:
+        """Wait for workers that are still starting: that should not count as their clients' time.
 
         Raises:
             WorkerDiedError: One could not start.
