@@ -103,23 +103,36 @@ def _describe(error: Exception) -> tuple[int, str | None]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from fl_app.errors import ConfigError, FlAppError
     from fl_app.run_config import explain
-    from fl_app.types import ConfigError, FlAppError
 
-    if isinstance(error, ConfigError):
-        return 2, str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConfigError):
+        cause = cause.__cause__
+    if cause is not None:
+        return 2, str(cause)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, explain(error)
     if isinstance(error, click.ClickException):
         return 2, error.format_message()
     if isinstance(error, FlAppError):
         return 1, str(error)
+    if isinstance(error, ValueError) and _raised_by("hydra", error):
+        return 2, str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return 2, (
             f"{error.filename} cannot be used ({error.strerror}): choose a folder that can be "
             "written, with output_url=PATH."
         )
     return 1, None
+
+
+def _raised_by(package: str, error: Exception) -> bool:
+    """Return whether the code that raised an error belongs to a package."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals["__name__"].startswith(f"{package}.")
 
 
 def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
@@ -131,8 +144,8 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
+    from fl_app.errors import ConfigError, FlAppError, InterruptedRunError
     from fl_app.run_config import CONFIG_NAME, conf_dir, register
-    from fl_app.types import ConfigError, FlAppError, InterruptedRunError
 
     sweep = "--multirun" in arguments or "-m" in arguments
     failed: list[FlAppError] = []

@@ -104,7 +104,10 @@ def to_plain(composed: DictConfig | ListConfig) -> dict[str, Any]:
     Raises:
         ConfigError: A key, type or value is not valid.
     """
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
     config = check(cast(dict[str, Any], plain))
     for key, least in _LEAST.items():
         if config[key] < least:

@@ -27,6 +27,7 @@ from fl_app.directory import Directory, KnowsClients, QueryDirectory
 from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
 from fl_app.rounds import Run, resume_from_checkpoint, run_rounds
+from fl_app.run_config import local_path
 from fl_app.strategy import FederatedStrategy
 from fl_app.tracking.base import Tracker, Trackers
 from fl_app.tracking.console import ConsoleProgress
@@ -108,12 +109,8 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     """
     if config["resume"]:
         return Path(config["resume"])
-    url = str(config["output_url"]).removeprefix("file://")
-    if "://" in url:
-        raise ConfigError(
-            f"output_url={config['output_url']} is not a local folder: give a path or file://PATH."
-        )
-    wanted = config["run_dir"] or f"{url}/{datetime.now():%Y-%m-%d/%H-%M-%S}_{config['name']}"
+    folder = local_path(config["output_url"])
+    wanted = config["run_dir"] or f"{folder}/{datetime.now():%Y-%m-%d/%H-%M-%S}_{config['name']}"
     path, number = Path(wanted), 1
     try:
         while True:

@@ -14,7 +14,9 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+
+from fl_app.errors import ConfigError
 
 CONFIG_NAME = "config"
 
@@ -57,8 +59,24 @@ def conf_dir() -> Path:
 
 
 def register() -> None:
-    """Make the schema of the top-level keys known to Hydra."""
+    """Make the schema of the top-level keys, and the resolver of paths, known to Hydra."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="fl_app")
+    OmegaConf.register_new_resolver("local_path", local_path, replace=True)
+
+
+def local_path(url: str) -> str:
+    """Return the path that ``output_url`` means: itself, or what follows ``file://``.
+
+    Raises:
+        ConfigError: It has another scheme.
+    """
+    path = str(url).removeprefix("file://")
+    if "://" in path:
+        raise ConfigError(
+            f"output_url={url} is not a local folder: give a path or file://PATH, and copy the "
+            "run's folder elsewhere when it is done."
+        )
+    return path
 
 
 def closest(name: str, known: Sequence[str]) -> str:

@@ -15,6 +15,11 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fl_app.errors import ConfigError as ConfigError
+from fl_app.errors import EmptyCohortError as EmptyCohortError
+from fl_app.errors import FlAppError as FlAppError
+from fl_app.errors import InterruptedRunError as InterruptedRunError
+
 ClientId: TypeAlias = str
 """Stable name of a client: its partition number in a simulation, its site's name in a deployment.
 
@@ -23,25 +28,6 @@ Never Flower's node id, which is drawn anew whenever a node connects.
 
 Params: TypeAlias = Mapping[str, Tensor]
 """Name -> tensor: the floating-point entries of a module's ``state_dict``, or a change of them."""
-
-
-class FlAppError(Exception):
-    """Base of the errors whose message is meant for the person who runs the command."""
-
-
-class ConfigError(FlAppError, ValueError):
-    """A configuration or an input that cannot be run. Ends a command with exit code 2.
-
-    The message names the key, the value, the rule and the way out.
-    """
-
-
-class InterruptedRunError(FlAppError):
-    """Somebody pressed Ctrl-C."""
-
-
-class EmptyCohortError(FlAppError):
-    """No client at all could be asked to take part in a round."""
 
 
 class Role(StrEnum):

@@ -78,6 +78,10 @@ def test_json_prints_the_summary_alone(capfd: pytest.CaptureFixture[str]) -> Non
         ["run", "task=digit"],
         ["run", "selection.fraction=2"],
         ["run", "rounds=0"],
+        ["run", "~task"],
+        ["run", "task=null"],
+        ["run", "privacy=record"],
+        ["run", "task/model=cnn", "task=breast_cancer"],
         ["run", "partition.num_clients=2000"],
         ["run", "resume=nowhere"],
         ["run", "initial_model=nowhere", *TINY],
@@ -148,6 +152,12 @@ def test_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
     assert _main(["run", *TINY, "rounds=1", folder]) == 0
     assert (tmp_path / "same" / "summary.json").exists()
     assert (tmp_path / "same_2" / "summary.json").exists()
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    assert _main(["run", *TINY, "rounds=1", f"output_url=file://{tmp_path}/there"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert list((tmp_path / "there").rglob("summary.json"))
 
 
 def test_a_users_task_that_breaks_is_answered_without_a_traceback(tmp_path: Path) -> None:
