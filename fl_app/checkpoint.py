@@ -64,11 +64,15 @@ class Checkpoints:
             return content
         return None
 
-    def drop_after(self, round: int) -> None:
-        """Remove checkpoints later than ``round``: damaged ones that a resumed run has passed."""
+    def set_aside_after(self, round: int) -> None:
+        """Rename checkpoints later than ``round``: damaged ones that a resumed run has passed.
+
+        They would count as the newest; what could not be read today is kept for a person to see.
+        """
         for later in self._rounds():
             if later > round:
-                self._path(later).unlink(missing_ok=True)
+                path = self._path(later)
+                path.replace(path.with_name(f"{path.name}.damaged"))
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round_{round:06d}.safetensors"

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ def run(context: typer.Context, as_json: _JSON = False) -> None:
         from fl_app.config import resumed_config
 
         others = [a for a in arguments if not a.startswith("resume=")]
-        _play(resumed_config(resume[-1], others), as_json=as_json)
+        _play(resumed_config(resume[-1], others), as_json=as_json, launched_at=LAUNCHED_AT)
     else:
         _run_with_hydra(arguments, as_json=as_json)
 
@@ -80,8 +81,10 @@ def _main(arguments: Sequence[str]) -> int:
     # Hydra hides the exception behind a print and an exit unless told otherwise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        # Not 0 only after Ctrl-C before a run had begun.
-        return 1 if cli(list(arguments), standalone_mode=False) else 0
+        # Click answers Ctrl-C with a number instead of an exception.
+        if cli(list(arguments), standalone_mode=False):
+            return _fail("interrupted before the run began.", 1)
+        return 0
     except Exception as error:
         code, message = _describe(error)
         if message is None or show_traceback:
@@ -102,6 +105,7 @@ def _describe(error: Exception) -> tuple[int, str | None]:
     import click
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from fl_app.errors import ConfigError, FlAppError
     from fl_app.run_config import explain
@@ -118,11 +122,13 @@ def _describe(error: Exception) -> tuple[int, str | None]:
     if isinstance(error, FlAppError):
         return 1, str(error)
     if isinstance(error, ValueError) and _raised_by("hydra", error):
-        return 2, str(error)
+        return 2, f"{error}: choose a group's file by its name, such as task=digits."
+    if isinstance(error, YAMLError | UnicodeDecodeError):
+        return 2, f"a YAML file cannot be read: {' '.join(str(error).split())}"
     if isinstance(error, OSError) and error.filename is not None:
         return 2, (
-            f"{error.filename} cannot be used ({error.strerror}): choose a folder that can be "
-            "written, with output_url=PATH."
+            f"{error.filename} cannot be used ({error.strerror}). If it is where the run's folder "
+            "goes, choose another with output_url=PATH."
         )
     return 1, None
 
@@ -149,20 +155,32 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
 
     sweep = "--multirun" in arguments or "-m" in arguments
     failed: list[FlAppError] = []
+    interrupted: list[InterruptedRunError] = []
     played: list[tuple[str, dict[str, Any]]] = []
 
     def job(composed: DictConfig) -> None:
         from fl_app.config import to_plain
 
         folder = Path(HydraConfig.get().runtime.output_dir)
+        if interrupted:  # Hydra goes on to the next member whatever one raises
+            with suppress(OSError):
+                folder.rmdir()
+            return
         overrides = " ".join(HydraConfig.get().overrides.task)
         if sweep:
             typer.echo(f"Run {folder.name}: {overrides}", err=True)
         try:
             config = {**to_plain(composed), "run_dir": str(folder)}
-            played.append((overrides, _play(config, as_json=as_json)))
-        except InterruptedRunError:
-            raise
+            if config["resume"]:
+                raise ConfigError(
+                    f"resume={config['resume']} goes on with a run only as an argument of its own: "
+                    f"fl-app run resume={config['resume']}"
+                )
+            launched_at = time.time() if played or failed else LAUNCHED_AT
+            summary = _play(config, as_json=as_json, launched_at=launched_at)
+            played.append((overrides, summary))
+        except InterruptedRunError as error:
+            interrupted.append(error)
         except FlAppError as error:  # Hydra would print a message of its own on top
             failed.append(error)
             if folder.is_dir() and not any(folder.iterdir()):
@@ -173,6 +191,8 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
     register()
     sys.argv = ["fl-app run", *arguments]
     hydra.main(version_base=None, config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
+    if interrupted:
+        raise interrupted[0]
     if sweep and played and not as_json:
         from fl_app.tracking.console import print_sweep
 
@@ -186,20 +206,25 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
 
 def _composed(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the configuration that overrides, and ``--config-dir`` among them, give."""
-    from fl_app.config import compose_config
+    from fl_app.config import compose_config, resumed_config
+    from fl_app.errors import ConfigError
 
     overrides, folders, rest = [], [], iter(arguments)
     for argument in rest:
-        if argument in ("--config-dir", "-cd"):
-            folders.append(Path(next(rest, "")))
-        elif argument.startswith("--config-dir="):
-            folders.append(Path(argument.partition("=")[2]))
+        if argument in ("--config-dir", "-cd") or argument.startswith("--config-dir="):
+            folder = Path(argument.partition("=")[2] or next(rest, "?"))
+            if not folder.is_dir():
+                raise ConfigError(f"--config-dir {folder} is not a folder.")
+            folders.append(folder)
+        elif argument.startswith("resume=") and argument != "resume=null":
+            others = [other for other in arguments if not other.startswith("resume=")]
+            return resumed_config(argument.partition("=")[2], others)
         else:
             overrides.append(argument)
     return compose_config(overrides, folders)
 
 
-def _play(config: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+def _play(config: dict[str, Any], *, as_json: bool, launched_at: float) -> dict[str, Any]:
     """Play a run on its engine, print what came of it, and return its summary."""
     from fl_app.config import make_engine
     from fl_app.tracking.console import log_handler, print_summary, stderr_console
@@ -212,7 +237,7 @@ def _play(config: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
         format="%(message)s",
         force=True,
     )
-    run_dir = make_engine(config).run(config, launched_at=LAUNCHED_AT)
+    run_dir = make_engine(config).run(config, launched_at=launched_at)
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     if as_json:
         typer.echo(json.dumps(summary, indent=2))

@@ -102,12 +102,12 @@ class ClientRuntime:
             self._objective,
             instruction.params,
             Randomness(seed=self._seed, round=instruction.round, client=client),
-            optimizer_state=self._remembered_optimizer(client, instruction.round),
+            optimizer_state=self._remembered_optimizer(client, instruction),
             deadline=deadline,
         )
         if self._training.keep_optimizer_state:
             state = {_OPTIMIZER: trained.optimizer_state}
-            self.states.put(client, state, round=instruction.round)
+            self.states.of_run(instruction.run).put(client, state, round=instruction.round)
         return ClientUpdate(
             client=client,
             round=instruction.round,
@@ -139,10 +139,13 @@ class ClientRuntime:
             counts = tuple(torch.bincount(train.targets).tolist())
         return ClientDescription(client=client, num_examples=len(train), label_counts=counts)
 
-    def _remembered_optimizer(self, client: ClientId, round: int) -> dict[str, object] | None:
+    def _remembered_optimizer(
+        self, client: ClientId, instruction: TrainInstruction
+    ) -> dict[str, object] | None:
         if not self._training.keep_optimizer_state:
             return None
-        state = self.states.get(client, before_round=round)
+        states = self.states.of_run(instruction.run)
+        state = states.get(client, before_round=instruction.round)
         return None if state is None else dict(state[_OPTIMIZER])
 
     def _maybe_fail(self, client: ClientId, round: int) -> None:

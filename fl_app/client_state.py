@@ -23,6 +23,10 @@ ClientState: TypeAlias = Mapping[str, Any]
 class ClientStateStore(Protocol):
     """Keeps the states of clients."""
 
+    def of_run(self, run: str) -> ClientStateStore:
+        """Return the part of the store that belongs to a run of that name."""
+        ...
+
     def get(self, client: ClientId, *, before_round: int) -> ClientState | None:
         """Return what ``client`` remembered last before that round, or None."""
         ...
@@ -40,6 +44,10 @@ class MemoryClientState:
 
     def __init__(self) -> None:
         self._latest: dict[ClientId, tuple[int, ClientState]] = {}
+
+    def of_run(self, run: str) -> MemoryClientState:
+        """Return itself: its engine empties it for each run."""
+        return self
 
     def get(self, client: ClientId, *, before_round: int) -> ClientState | None:
         """Return the latest state if it is of an earlier round, or None."""
@@ -81,6 +89,10 @@ class DiskClientState:
         self._folder = folder
         self._keep = keep
 
+    def of_run(self, run: str) -> DiskClientState:
+        """Return a store in a folder of the run's own."""
+        return DiskClientState(self._folder / _file_name(run), keep=self._keep) if run else self
+
     def get(self, client: ClientId, *, before_round: int) -> ClientState | None:
         """Return the state of the latest round before ``before_round``, or None.
 
@@ -107,8 +119,7 @@ class DiskClientState:
             self._path(client, old).unlink(missing_ok=True)
 
     def _folder_of(self, client: ClientId) -> Path:
-        # Percent-encoded: a site's name must not be able to leave the folder.
-        return self._folder / quote(client, safe="").replace(".", "%2E")
+        return self._folder / _file_name(client)
 
     def _path(self, client: ClientId, round: int) -> Path:
         return self._folder_of(client) / f"round_{round:06d}.safetensors"
@@ -117,3 +128,8 @@ class DiskClientState:
         names = (path.name for path in self._folder_of(client).glob("round_*.safetensors"))
         matches = (re.fullmatch(r"round_(\d+)\.safetensors", name) for name in names)
         return sorted(int(match[1]) for match in matches if match)
+
+
+def _file_name(name: str) -> str:
+    """Return a name as that of one file: a site's name must not be able to leave the folder."""
+    return quote(name, safe="").replace(".", "%2E")

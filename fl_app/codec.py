@@ -57,6 +57,8 @@ _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
 _NPY = "numpy.ndarray"
 _MOST_METRICS, _LONGEST_NAME = 64, 64
+RUN = "run"
+"""Key of the run's name in an instruction's config."""
 _Order: TypeAlias = Literal["C", "F"]
 _C_ORDER: _Order = "C"
 _R = TypeVar("_R", ArrayRecord, MetricRecord, ConfigRecord)
@@ -338,6 +340,7 @@ def decode_instruction(instruction: Message) -> TrainInstruction:
     return TrainInstruction(
         round=cast(int, config[_ROUND]),
         params=decode_model(instruction),
+        run=str(config.get(RUN, ""))[:_LONGEST_NAME],
         deadline_s=metadata.created_at + metadata.ttl - time.time(),
     )
 

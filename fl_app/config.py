@@ -23,16 +23,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fl_app.params import read_params
 from fl_app.privacy.plan import NoPrivacy
-from fl_app.run_config import CONFIG_NAME, conf_dir, explain, register
+from fl_app.run_config import CONFIG_NAME, RunConfig, closest, conf_dir, explain, register
 from fl_app.schema import check
 from fl_app.selection import Selector
 from fl_app.server_optimizer import OptimizerFactory
-from fl_app.stopping import Stopping
+from fl_app.stopping import Progress, Stopping
 from fl_app.strategy import Composition
 from fl_app.tasks.base import Task
 from fl_app.tasks.checks import check_model
-from fl_app.training import LocalTraining
+from fl_app.training import LocalTraining, evaluate
 from fl_app.types import ConfigError, FederatedData
 from fl_app.validation import UpdateChecks
 
@@ -108,7 +109,14 @@ def to_plain(composed: DictConfig | ListConfig) -> dict[str, Any]:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    for key in cast(dict[str, Any], plain):
+        if key not in known:
+            raise ConfigError(f"{key} is not a key of the configuration{closest(key, known)}.")
     config = check(cast(dict[str, Any], plain))
+    for key in ("secure_aggregation", "compression"):
+        if config[key]:
+            raise ConfigError(f"{key}={config[key]} is not available: choose {key}=none.")
     for key, least in _LEAST.items():
         if config[key] < least:
             raise ConfigError(f"{key}={config[key]} must be >= {least}.")
@@ -130,7 +138,7 @@ def resumed_config(run_dir: str, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(run_dir) / "config.yaml"
     try:
         saved = OmegaConf.load(path)
-    except (OSError, YAMLError) as error:
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"resume={run_dir} is not the folder of a run: {path} cannot be read ({error})."
         ) from error
@@ -140,18 +148,23 @@ def resumed_config(run_dir: str, overrides: Sequence[str]) -> dict[str, Any]:
             "Start it again instead."
         )
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
+        key, equals, _ = override.lstrip("+~").partition("=")
+        if not equals:
+            raise ConfigError(f"{override} is no override: write KEY=VALUE.")
         if not any(key == known or key.startswith(f"{known}.") for known in RESUMABLE_KEYS):
             raise ConfigError(
                 f"{override} cannot be changed when a run is resumed: it would be another run. "
                 f"Only {', '.join(RESUMABLE_KEYS)} can; start a new run for the rest."
             )
-    OmegaConf.set_struct(saved, True)
     try:
-        merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))
+        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), saved)
+        OmegaConf.set_struct(typed, True)
+        merged = OmegaConf.merge(typed, OmegaConf.from_dotlist(list(overrides)))
         return {**to_plain(merged), "resume": run_dir, "run_dir": run_dir}
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+    except (OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"resume={run_dir}: {explain(error)}") from error
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,19 +211,24 @@ def build(config_json: str) -> Components:
     """
     config = json.loads(config_json)
     seed = config["seed"]
-    task = _make(config, "task")
-    data = _make(config, "partition")(task, seed)
+    task = _make(config, "task", "build_model", "losses", "metrics")
+    data = _make(config, "partition", "__call__")(task, seed)
     components = Components(
         task=task,
         data=data,
-        training=_make(config, "client"),
-        composition=_make(config, "strategy"),
-        selector=_make(config, "selection"),
-        checks=_make(config, "checks"),
-        stopping=_make(config, "stopping"),
+        training=_make(config, "client", "epochs", "batch_size", "optimizer"),
+        composition=_make(config, "strategy", "aggregation", "server_optimizer", "objective"),
+        selector=_make(config, "selection", "select", "wanted"),
+        checks=_make(config, "checks", "objection"),
+        stopping=_make(config, "stopping", "after_round"),
         privacy=_make(config, "privacy"),
         seed=seed,
     )
+    composition = components.composition
+    _require("strategy.aggregation", composition.aggregation, "__call__")
+    _require("strategy.objective", composition.objective, "add_gradient")
+    if not isinstance(components.privacy, NoPrivacy):
+        raise ConfigError("privacy: only privacy=none is available.")
     if components.training.early_stopping_patience and not config["partition"].get(
         "validation_fraction", 1.0
     ):
@@ -222,7 +240,16 @@ def build(config_json: str) -> Components:
     _try_optimizer("client.optimizer", components.training.optimizer)
     _try_optimizer("strategy.server_optimizer", components.composition.server_optimizer)
     probe = data.held_out or data.examples_of(data.clients[0]).train
-    check_model(task, task.build_model(), probe)
+    model = task.build_model()
+    check_model(task, model, probe)
+    if components.stopping.watches:
+        if data.held_out is None:
+            raise ConfigError(
+                "stopping.target and stopping.patience watch the held-out set, and there is none: "
+                "raise task.test_fraction, or use stopping.max_seconds."
+            )
+        start = evaluate(model, task, data.held_out, params=read_params(model))
+        components.stopping.after_round(Progress(), start.metrics, elapsed_s=0.0)
     return components
 
 
@@ -262,9 +289,21 @@ def _with_plain_partials(component: Any) -> Any:
     return dataclasses.replace(component, **changed) if changed else component
 
 
-def _make(config: Mapping[str, Any], key: str) -> Any:
+def _require(key: str, component: Any, *members: str) -> None:
+    for member in members:
+        if not hasattr(component, member):
+            raise ConfigError(
+                f"{key} is a {type(component).__name__}, which has no {member}: name by _target_ a "
+                f"class of the kind that conf/{key.partition('.')[0]}/ has."
+            )
+
+
+def _make(config: Mapping[str, Any], key: str, *members: str) -> Any:
+    """Return the component at a key, which must have these members."""
     try:
-        return _with_plain_partials(instantiate(config[key], _convert_="all"))
+        component = _with_plain_partials(instantiate(config[key], _convert_="all"))
+        _require(key, component, *members)
+        return component
     except InstantiationException as error:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, ConfigError):

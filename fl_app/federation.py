@@ -7,6 +7,7 @@ their content are a contract; see README, "What a run leaves".
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import random
 import time
@@ -26,9 +27,9 @@ from fl_app.config import Components, build, make_tracker, to_json, to_yaml
 from fl_app.directory import Directory, KnowsClients, QueryDirectory
 from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
-from fl_app.rounds import Run, resume_from_checkpoint, run_rounds
-from fl_app.run_config import local_path
-from fl_app.strategy import FederatedStrategy
+from fl_app.rounds import Run, resume_from_checkpoint, run_rounds, writing_to
+from fl_app.run_config import file_name, local_path
+from fl_app.strategy import FederatedStrategy, ServerState
 from fl_app.tracking.base import Tracker, Trackers
 from fl_app.tracking.console import ConsoleProgress
 from fl_app.tracking.report import write_report
@@ -47,7 +48,6 @@ from fl_app.types import (
     ConfigError,
     EmptyCohortError,
     Evaluation,
-    FlAppError,
     InterruptedRunError,
     Params,
     Role,
@@ -56,10 +56,6 @@ from fl_app.types import (
 )
 
 log = logging.getLogger(__name__)
-
-
-class RunFolderError(FlAppError):
-    """The run's folder cannot be written: not allowed, or the disk is full."""
 
 
 def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float) -> Path:
@@ -77,9 +73,10 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
         EmptyCohortError: Too few clients came.
     """
     components = build(to_json(config))
-    start = initial_model(components, config["initial_model"])
+    # A resumed run has its model in a checkpoint; the file it began from may be gone.
+    path = None if config["resume"] else config["initial_model"]
+    start = initial_model(components, path)
     run_dir = run_folder(config)
-    go_on = f"a run that has begun goes on with: fl-app run resume={run_dir}"
     try:
         with _locked(run_dir):
             run, resumed_from = _set_up(config, components, start, grid, run_dir, launched_at)
@@ -92,12 +89,10 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
             finally:
                 run.trackers.close()
                 run.rounds_file.close()
-    except OSError as error:
-        raise RunFolderError(
-            f"{run_dir} cannot be written ({error}): make room; {go_on}"
-        ) from error
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"interrupted; {go_on}") from None
+        raise InterruptedRunError(
+            f"interrupted; a run that has begun goes on with: fl-app run resume={run_dir}"
+        ) from None
     return run_dir
 
 
@@ -110,7 +105,10 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     if config["resume"]:
         return Path(config["resume"])
     folder = local_path(config["output_url"])
-    wanted = config["run_dir"] or f"{folder}/{datetime.now():%Y-%m-%d/%H-%M-%S}_{config['name']}"
+    wanted = (
+        config["run_dir"]
+        or f"{folder}/{datetime.now():%Y-%m-%d/%H-%M-%S}_{file_name(config['name'])}"
+    )
     path, number = Path(wanted), 1
     try:
         while True:
@@ -155,8 +153,17 @@ def _set_up(
     """Return the run, at its beginning or where its last checkpoint was, and that round."""
     initial, trainable = start
     directory = grid.directory if isinstance(grid, KnowsClients) else QueryDirectory(grid)
+    if (
+        isinstance(grid, KnowsClients)
+        and len(directory.clients()) < components.selector.min_clients
+    ):
+        raise ConfigError(
+            f"selection.min_clients={components.selector.min_clients} exceeds the population of "
+            f"{len(directory.clients())} clients: nobody else will come. Lower it."
+        )
     wait_for_clients(directory, components.selector.min_clients)
     run = Run(
+        name=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
         strategy=FederatedStrategy(
             composition=components.composition,
             selector=components.selector,
@@ -179,10 +186,14 @@ def _set_up(
         launched_at=launched_at,
     )
     saved = {**config, "resume": None, "run_dir": str(run_dir)}
-    write_atomically(run_dir / "config.yaml", to_yaml(saved).encode())
+    with writing_to(run_dir):
+        write_atomically(run_dir / "config.yaml", to_yaml(saved).encode())
     if not config["resume"]:
         return run, None
     resumed_from = resume_from_checkpoint(run)
+    if resumed_from == 0 and config["initial_model"]:
+        params = load_model(config["initial_model"], initial)
+        run.strategy.resume(ServerState(round=0, params=params))
     log.info("Resumed after round %d.", resumed_from)
     return run, resumed_from
 
@@ -292,8 +303,9 @@ def _conclude(
     if totals:
         summary = replace(summary, communication=totals.communication, failures=totals.failures)
     per_client = {client: dict(e.metrics) for client, e in evaluations.items()}
-    write_json_atomically(run_dir / "clients.json", per_client)
-    save_model(params, run_dir / "model.safetensors")
-    write_json_atomically(run_dir / "summary.json", summary.to_json())
-    write_report(run_dir)
+    with writing_to(run_dir):
+        write_json_atomically(run_dir / "clients.json", per_client)
+        save_model(params, run_dir / "model.safetensors")
+        write_json_atomically(run_dir / "summary.json", summary.to_json())
+        write_report(run_dir)
     return summary

@@ -9,20 +9,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fl_app.checkpoint import Checkpoints
+from fl_app.codec import RUN
 from fl_app.stopping import Progress, Stopping, describe_stop
 from fl_app.strategy import FederatedStrategy, ServerState
 from fl_app.tracking.base import Trackers
 from fl_app.tracking.rounds_file import RoundsFile
-from fl_app.types import Evaluation, Params, RoundReport, StopReason
+from fl_app.types import Evaluation, FlAppError, Params, RoundReport, StopReason
 
 log = logging.getLogger(__name__)
+
+
+class RunFolderError(FlAppError):
+    """The run's folder cannot be written: not allowed, or the disk is full."""
+
 
 POLL_S = 0.2
 """Seconds between two looks for replies on a Grid that does not wait by itself."""
@@ -46,6 +54,7 @@ class Run:
     """A run in progress.
 
     Attributes:
+        name: Name of the run, the same after a resume.
         strategy: Holds the server state.
         grid: Reaches the clients.
         evaluate: Measures a global model on the held-out set; None if there is none.
@@ -63,6 +72,7 @@ class Run:
         stopped: Why the run ended, once it has.
     """
 
+    name: str
     strategy: FederatedStrategy
     grid: Grid
     evaluate: Callable[[Params], Evaluation] | None
@@ -93,7 +103,8 @@ def run_rounds(run: Run) -> StopReason:
             run.stopped = StopReason.ROUNDS
             break
         arrays, report = _play_round(run, number, arrays)
-        run.rounds_file.append(report)
+        with writing_to(run.rounds_file.path.parent):
+            run.rounds_file.append(report)
         run.trackers.on_round(report)
         run.progress, run.stopped = run.stopping.after_round(
             run.progress, report.metrics, elapsed_s=run.elapsed_s()
@@ -109,7 +120,8 @@ def run_rounds(run: Run) -> StopReason:
 def _play_round(run: Run, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundReport]:
     """Play one round; return the global model after it, and what happened."""
     began = time.perf_counter()
-    instructions = run.strategy.configure_train(number, arrays, ConfigRecord(), run.grid)
+    config = ConfigRecord({RUN: run.name})
+    instructions = run.strategy.configure_train(number, arrays, config, run.grid)
     replies = exchange(run.grid, instructions, timeout_s=run.timeout_s)
     changed, _ = run.strategy.aggregate_train(number, replies)
     replies.close()
@@ -146,20 +158,31 @@ def exchange(
 
 def save_checkpoint(run: Run) -> None:
     """Write all that a resumed run needs; the record is made durable first."""
-    run.rounds_file.sync()
-    run.checkpoints.save(
-        run.strategy.state.round,
-        {
-            "server": run.strategy.state.to_tree(),
-            "progress": asdict(run.progress),
-            "stopped": None if run.stopped is None else str(run.stopped),
-            "stopping": repr(run.stopping),
-            "rounds_file": run.rounds_file.position(),
-            "trackers": run.trackers.state(),
-            "grid": run.grid.snapshot() if isinstance(run.grid, Resumable) else None,
-            "elapsed_s": run.elapsed_s(),
-        },
-    )
+    content = {
+        "server": run.strategy.state.to_tree(),
+        "progress": asdict(run.progress),
+        "stopped": None if run.stopped is None else str(run.stopped),
+        "stopping": repr(run.stopping),
+        "rounds_file": run.rounds_file.position(),
+        "trackers": run.trackers.state(),
+        "grid": run.grid.snapshot() if isinstance(run.grid, Resumable) else None,
+        "elapsed_s": run.elapsed_s(),
+    }
+    with writing_to(run.rounds_file.path.parent):
+        run.rounds_file.sync()
+        run.checkpoints.save(run.strategy.state.round, content)
+
+
+@contextmanager
+def writing_to(run_dir: Path) -> Generator[None, None, None]:
+    """Turn an error of the operating system in the block into `RunFolderError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{run_dir} cannot be written ({error}): make room; a run that has begun goes on with: "
+            f"fl-app run resume={run_dir}"
+        ) from error
 
 
 def resume_from_checkpoint(run: Run) -> int:
@@ -171,6 +194,7 @@ def resume_from_checkpoint(run: Run) -> int:
     content = run.checkpoints.load_latest()
     if content is None:
         log.warning("No checkpoint can be read: the run starts again from its first round.")
+        run.checkpoints.set_aside_after(0)
         run.rounds_file.truncate(0)
         return 0
     run.strategy.resume(ServerState.from_tree(content["server"]))
@@ -182,5 +206,5 @@ def resume_from_checkpoint(run: Run) -> int:
     run.trackers.restore(content["trackers"])
     if isinstance(run.grid, Resumable) and content["grid"] is not None:
         run.grid.restore(content["grid"])
-    run.checkpoints.drop_after(run.strategy.state.round)
+    run.checkpoints.set_aside_after(run.strategy.state.round)
     return run.strategy.state.round

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def register() -> None:
     """Make the schema of the top-level keys, and the resolver of paths, known to Hydra."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="fl_app")
     OmegaConf.register_new_resolver("local_path", local_path, replace=True)
+    OmegaConf.register_new_resolver("sweep_path", sweep_path, replace=True)
+    OmegaConf.register_new_resolver("file_name", file_name, replace=True)
 
 
 def local_path(url: str) -> str:
@@ -77,6 +80,25 @@ def local_path(url: str) -> str:
             "run's folder elsewhere when it is done."
         )
     return path
+
+
+def sweep_path(url: str) -> str:
+    """Return where sweeps go: ``multirun/``, or one under an ``output_url`` that was given."""
+    return "multirun" if url == "outputs" else f"{local_path(url)}/multirun"
+
+
+def file_name(name: str) -> str:
+    """Return a run's name, which ends the name of its folder.
+
+    Raises:
+        ConfigError: It could lead out of that folder.
+    """
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise ConfigError(
+            f"name={name} must be made of letters, digits, '_', '-' and '.', and not begin with a "
+            "dot: it ends the name of the run's folder."
+        )
+    return name
 
 
 def closest(name: str, known: Sequence[str]) -> str:

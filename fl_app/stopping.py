@@ -52,6 +52,11 @@ class Stopping:
         if self.target is not None and math.isnan(self.target):
             raise ConfigError("stopping.target=nan can never be reached: give a number, or null.")
 
+    @property
+    def watches(self) -> bool:
+        """Whether a rule watches a metric of the held-out set."""
+        return self.target is not None or self.patience is not None
+
     def after_round(
         self, progress: Progress, metrics: Mapping[str, float], *, elapsed_s: float
     ) -> tuple[Progress, StopReason | None]:
@@ -66,7 +71,7 @@ class Stopping:
             ConfigError: A rule watches a metric that this task does not give.
         """
         reason = None
-        if metrics and (self.target is not None or self.patience is not None):
+        if metrics and self.watches:
             progress, reason = self._watch(progress, metrics)
         if reason is None and self.max_seconds is not None and elapsed_s >= self.max_seconds:
             reason = StopReason.TIME

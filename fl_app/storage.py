@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fl_app.files import write_atomically
@@ -35,33 +35,49 @@ def write_tree(path: Path, tree: Any) -> None:
         TypeError: The tree holds something other than the types named in this module's head.
         OSError: As `write_atomically`.
     """
-    tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_pack(tree, tensors), allow_nan=True)
-    content = save(tensors, {"tree": structure, "sha256": _digest(structure, tensors)})
-    write_atomically(path, content)
+    write_atomically(path, tree_to_bytes(tree))
 
 
 def read_tree(path: Path) -> Any:
     """Return the tree that `write_tree` wrote.
 
     Raises:
-        CorruptFileError: The file is torn, altered or of another format.
+        CorruptFileError: The file is torn, altered, unreadable or of another format.
         FileNotFoundError: There is no such file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            # Copies: the tensors are maps of the file, and would change with it.
-            tensors = {name: file.get_tensor(name).clone() for name in names}
-        structure = metadata["tree"]
-        if metadata["sha256"] != _digest(structure, tensors):
-            raise CorruptFileError(f"{path}: its content does not match its checksum.")
-        return _unpack(json.loads(structure), tensors)
+        return tree_from_bytes(path.read_bytes())
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (CorruptFileError, OSError) as error:
         raise CorruptFileError(f"{path} cannot be read: {error}") from error
+
+
+def tree_to_bytes(tree: Any) -> bytes:
+    """Return a tree as bytes, with their checksum in them. Raises `TypeError` as `write_tree`."""
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_pack(tree, tensors), allow_nan=True)
+    return save(tensors, {"tree": structure, "sha256": _digest(structure, tensors)})
+
+
+def tree_from_bytes(content: bytes) -> Any:
+    """Return the tree in bytes.
+
+    Raises:
+        CorruptFileError: They are not what `tree_to_bytes` gave.
+    """
+    try:
+        tensors = load(content)
+        header = int.from_bytes(content[:8], "little")  # the safetensors format's own header
+        metadata = json.loads(content[8 : 8 + header])["__metadata__"]
+        structure = metadata["tree"]
+        intact = metadata["sha256"] == _digest(structure, tensors)
+        tree = _unpack(json.loads(structure), tensors) if intact else None
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CorruptFileError(str(error)) from error
+    if not intact:
+        raise CorruptFileError("its content does not match its checksum")
+    return tree
 
 
 def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:

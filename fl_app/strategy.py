@@ -27,7 +27,7 @@ from fl_app.codec import (
     failure_of,
     train_messages,
 )
-from fl_app.directory import Directory
+from fl_app.directory import Directory, KnowsClients
 from fl_app.objective import LocalObjective
 from fl_app.params import num_bytes
 from fl_app.selection import Selector
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 NO_LIMIT_S = 12 * 3600.0
 """Time to live of a message in a round without a timeout; Flower's own default."""
+FOREVER_S = 10 * 365 * 24 * 3600.0
+"""The same where the server's process carries the messages itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,6 @@ class FederatedStrategy(Strategy):
         self._seed = seed
         self._wanted = 0
         self._asked: dict[int, ClientId] = {}
-        self._wanted = 0
         self._offline: list[Failure] = []
 
     # Flower's interface ---------------------------------------------------------------------------
@@ -152,7 +153,6 @@ class FederatedStrategy(Strategy):
         self._wanted = self._selector.wanted(len(clients))
         cohort = self._selector.select(clients, round=server_round, seed=self._seed)
         self._asked, self._offline = {}, []
-        self._wanted = self._selector.wanted(len(clients))
         for client in cohort:
             node = self._directory.node_of(client)
             if node is None:
@@ -161,7 +161,8 @@ class FederatedStrategy(Strategy):
                 )
             else:
                 self._asked[node] = client
-        ttl = self._selector.round_timeout_s or NO_LIMIT_S
+        no_limit = FOREVER_S if isinstance(grid, KnowsClients) else NO_LIMIT_S
+        ttl = self._selector.round_timeout_s or no_limit
         return train_messages(self._asked, arrays, config, round=server_round, ttl=ttl)
 
     def aggregate_train(

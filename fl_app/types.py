@@ -141,11 +141,13 @@ class TrainInstruction:
     Attributes:
         round: Round number, from 1.
         params: The global model.
+        run: Name of the run, the same after a resume; what clients remember is kept by it.
         deadline_s: Seconds the client has, or None for no limit.
     """
 
     round: int
     params: Params
+    run: str = ""
     deadline_s: float | None = None
 
 

@@ -88,11 +88,13 @@ def test_a_half_written_draft_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.load_latest()["round"] == 5
 
 
-def test_damaged_ones_that_a_resumed_run_has_passed_are_dropped(tmp_path: Path) -> None:
+def test_damaged_ones_that_a_resumed_run_has_passed_are_set_aside(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 5, 10)
     damage(tmp_path / "round_000010.safetensors")
-    checkpoints.drop_after(checkpoints.load_latest()["round"])
-    assert files(tmp_path) == ["round_000005.safetensors"]
+    checkpoints.set_aside_after(checkpoints.load_latest()["round"])
+    damaged = "round_000010.safetensors.damaged"
+    assert files(tmp_path) == ["round_000005.safetensors", damaged]
+    assert checkpoints.load_latest()["round"] == 5
 
 
 def draws() -> tuple[list[float], list[float], list[float], list[float]]:

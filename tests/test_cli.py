@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,11 @@ def test_json_prints_the_summary_alone(capfd: pytest.CaptureFixture[str]) -> Non
         ["run", "selection.fraction=2"],
         ["run", "rounds=0"],
         ["run", "~task"],
+        ["run", "++resume=somewhere"],
+        ["run", "name=../../escape"],
+        ["run", "selection.min_clients=50", *TINY],
+        ["check", "--config-dir", "nowhere"],
+        ["check", "resume=nowhere"],
         ["run", "task=null"],
         ["run", "privacy=record"],
         ["run", "task/model=cnn", "task=breast_cancer"],
@@ -132,6 +138,28 @@ def test_a_sweep_plays_every_member_and_a_failed_one_does_not_end_it(
     assert capsys.readouterr().err.count("selection.count=99 exceeds") == 2
 
 
+def test_each_member_of_a_sweep_has_a_clock_of_its_own_and_the_folder_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if the command had been started an hour ago: only the first member may feel it.
+    monkeypatch.setattr("fl_app.cli.LAUNCHED_AT", time.time() - 3600)
+    sweep = ["run", "-m", *TINY, "seed=1,2", "stopping.max_seconds=600", f"output_url={tmp_path}/o"]
+    assert _main(sweep) == 0
+    summaries = sorted((tmp_path / "o" / "multirun").rglob("summary.json"))
+    assert [json.loads(path.read_text())["stopped_by"] for path in summaries] == ["time", "rounds"]
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_a_broken_yaml_of_ones_own_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    for content in (b"rounds: [1\n", b"name: \xff\n"):
+        (tmp_path / "mine" / "experiment" / "broken.yaml").write_bytes(content)
+        assert _main(["run", "--config-dir", "mine", "experiment=broken"]) == 2
+        assert "cannot be read" in capsys.readouterr().err
+
+
 def test_hydras_flags_pass_through(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "short.yaml").write_text(
@@ -177,16 +205,18 @@ def test_a_users_task_that_breaks_is_answered_without_a_traceback(tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]], ids=["run", "sweep"])
+def test_an_interrupted_run_says_how_to_go_on(sweep: list[str], tmp_path: Path) -> None:
+    folders = ["hydra.run.dir=run/0", "hydra.sweep.dir=run"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fl_app", "run", "rounds=100000", "hydra.run.dir=run"],
+        [sys.executable, "-m", "fl_app", "run", "rounds=100000", *sweep, *folders],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    path = tmp_path / "run" / "rounds.jsonl"
+    path = tmp_path / "run" / "0" / "rounds.jsonl"
     while process.poll() is None and not (path.exists() and path.stat().st_size):
         pass
     process.send_signal(2)
@@ -194,6 +224,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "resume=" in errors
     assert "Traceback" not in errors
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["0"]
 
 
 def test_training_leaves_torchs_threads_as_the_configuration_says() -> None:

@@ -186,3 +186,13 @@ def test_no_two_names_share_a_place(tmp_path: Path) -> None:
         store.put(client, state(float(number)), round=1)
     for number, client in enumerate(names):
         assert value_of(store.get(client, before_round=2)) == number
+
+
+def test_runs_that_share_a_folder_do_not_see_each_others_states(tmp_path: Path) -> None:
+    store = DiskClientState(tmp_path)
+    store.of_run("first").put("a", {"x": 1}, round=1)
+    assert store.of_run("second").get("a", before_round=9) is None
+    assert store.of_run("first").get("a", before_round=9) == {"x": 1}
+    store.of_run("../../out").put("a", {"x": 1}, round=1)
+    assert all(path.is_relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    assert not (tmp_path.parent / "out").exists()

@@ -89,6 +89,13 @@ def test_config_json_wins_over_overrides() -> None:
         ("engine.workers=0", ["engine.workers=0", ">= 1"]),
         ("engine.vectorize=true", ["engine.vectorize=True", "not available"]),
         ("progress=loud", ["progress=loud"]),
+        ("strategy.aggregation=null", ["strategy.aggregation"]),
+        ("strategy.objective=null", ["strategy.objective"]),
+        ("checks=null", ["checks"]),
+        ("stopping=null", ["stopping"]),
+        ("+foo=1", ["foo is not a key"]),
+        ("+compression.foo=1", ["compression", "none"]),
+        ("selection.min_clients=0", ["selection.min_clients=0"]),
         ("stopping.patience=0", ["stopping.patience=0"]),
         ("rounds=", ["rounds"]),
         ("[rounds", ["[rounds"]),
@@ -102,6 +109,15 @@ def test_a_mistake_is_named_with_its_key_and_the_way_out(override: str, words: l
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rule_that_watches_what_is_not_there_is_told_before_the_run() -> None:
+    unknown = compose_config(["stopping.target=0.9", "stopping.metric=nope"])
+    with pytest.raises(ConfigError, match=r"stopping\.metric=nope.*accuracy"):
+        build(to_json(unknown))
+    unwatched = compose_config(["stopping.patience=3", "task.test_fraction=0"])
+    with pytest.raises(ConfigError, match=r"task\.test_fraction"):
+        build(to_json(unwatched))
 
 
 def test_a_config_dir_adds_choices_of_ones_own(tmp_path: Path) -> None:
@@ -119,9 +135,21 @@ def test_a_resumed_run_takes_only_keys_that_leave_the_past_alone(tmp_path: Path)
     for override in ("seed=2", "strategy=fedadam", "client.epochs=2"):
         with pytest.raises(ConfigError, match="another run"):
             resumed_config(str(run_dir), [override])
+    for override in ("rounds=abc", "rounds", "checkpoint_every=1.5"):
+        with pytest.raises(ConfigError, match=override.partition("=")[0]):
+            resumed_config(str(run_dir), [override])
     with pytest.raises(ConfigError, match="roundz"):
         resumed_config(str(run_dir), ["stopping.roundz=9"])
     with pytest.raises(ConfigError, match="config.yaml"):
+        resumed_config(str(tmp_path), [])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"rounds: 3\n", b"just words", b"\xff\xfe", b"a: [", b"x: 1"]
+)
+def test_a_folder_whose_config_is_none_cannot_be_resumed(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="resume=|not a key|Missing"):
         resumed_config(str(tmp_path), [])
 
 

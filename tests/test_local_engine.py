@@ -116,6 +116,23 @@ def test_two_workers_give_the_bits_of_one(tmp_path: Path) -> None:
     assert rounds_of(one) == rounds_of(two)
 
 
+@pytest.mark.timeout(60)
+def test_abandoned_clients_with_large_models_and_memories_block_nobody(tmp_path: Path) -> None:
+    # Replies and memories far beyond a pipe's buffer; two in five clients are abandoned.
+    large = (
+        "task/model=mlp",
+        "task.model.hidden=[2000]",
+        "selection.count=5",
+        "selection.over_selection=0.6",
+        "partition.num_clients=10",
+        "client.keep_optimizer_state=true",
+        "client.optimizer.momentum=0.9",
+    )
+    one, two = (play(tmp_path / f"{n}", f"engine.workers={n}", *large) for n in (1, 2))
+    assert summary_of(one)["model_hash"] == summary_of(two)["model_hash"]
+    assert rounds_of(one) == rounds_of(two)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_client_that_raises_costs_the_round_only_itself(
     workers: int, tmp_path: Path, importable: None

@@ -122,6 +122,21 @@ def test_a_corrupt_checkpoint_is_said_and_the_one_before_is_used(
     same_result(cut, reference)
 
 
+def test_with_every_checkpoint_damaged_the_run_starts_again_and_its_new_ones_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = play(tmp_path / "whole", "rounds=4")
+    cut = play(tmp_path / "cut", "rounds=9")
+    for path in (cut / "checkpoints").iterdir():
+        path.write_bytes(b"rubbish")
+    resume(cut, "rounds=2")
+    assert "starts again from its first round" in caplog.text
+    assert summary_of(cut)["resumed_from_round"] == 0
+    resume(cut, "rounds=4")
+    assert summary_of(cut)["resumed_from_round"] == 2
+    same_result(cut, reference)
+
+
 def test_a_finished_run_resumed_plays_nothing_and_says_the_same(tmp_path: Path) -> None:
     run_dir = play(tmp_path / "run", "stopping.target=0.1", "rounds=9")
     shutil.copytree(run_dir, tmp_path / "copy")

@@ -12,7 +12,7 @@ import pickle
 import signal
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -25,6 +25,7 @@ from flwr.app.message.message import make_message
 
 from fl_app import codec
 from fl_app.client_state import MemoryClientState
+from fl_app.storage import tree_from_bytes, tree_to_bytes
 from fl_app.training import ClientTimeoutError
 from fl_app.types import FlAppError
 
@@ -59,6 +60,13 @@ class _Worker:
     ready: bool = False
     held_content: RecordDict | None = None
     jobs: deque[_Job] = field(default_factory=deque)
+    abandoned: deque[_Job] = field(default_factory=deque)
+
+    @property
+    def deadline(self) -> float | None:
+        """When what it does now must be done; None if it is idle."""
+        doing = self.abandoned or self.jobs
+        return doing[0].deadline if doing else None
 
 
 class WorkerPool:
@@ -147,7 +155,11 @@ class WorkerPool:
         """Give each worker instructions until it has as many as it may have ahead."""
         for depth in range(1, self._prefetch + 1):
             for worker in self._workers:
-                if not waiting or len(worker.jobs) >= depth:
+                if (
+                    not waiting
+                    or len(worker.jobs) >= depth
+                    or not self._may_take(worker, waiting[0])
+                ):
                     continue
                 job = waiting.popleft()
                 if time.time() > job.deadline:
@@ -156,8 +168,19 @@ class WorkerPool:
                     continue
                 worker.jobs.append(job)
                 # A worker that has just died is noticed, and its jobs are taken back, in _gather.
-                with suppress(BrokenPipeError):
+                with suppress(BrokenPipeError, ConnectionResetError):
                     self._send(worker, job)
+
+    def _may_take(self, worker: _Worker, job: _Job) -> bool:
+        """Return whether sending a job to a worker cannot block.
+
+        One that is busy may be sending a large reply, and reads nothing until that has been read:
+        only what surely fits into the pipe's buffer may be sent to it.
+        """
+        if worker.abandoned:
+            return False
+        small = worker.held_content is job.message.content and not self._states.of(job.client)
+        return small or not worker.jobs
 
     def _send(self, worker: _Worker, job: _Job) -> None:
         """Send an instruction; its content only if the worker does not hold it already."""
@@ -167,13 +190,14 @@ class WorkerPool:
             payload = pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
             worker.held_content = content
         bare = make_message(metadata=job.message.metadata, content=RecordDict())
-        state = self._states.of(job.client)
+        # As bytes: torch would send each tensor as an open file of its own.
+        state = _state_to_bytes(self._states.of(job.client))
         worker.connection.send((job.number, bare, payload, job.node_config, state))
 
     def _gather(self, waiting: deque[_Job], done: dict[int, tuple[Message, Any, _Job]]) -> None:
         """Wait for something to happen: replies, a worker that died, or one that hangs."""
         by_connection = {worker.connection: worker for worker in self._workers}
-        busy = [worker.jobs[0].deadline for worker in self._workers if worker.jobs]
+        busy = [worker.deadline for worker in self._workers if worker.deadline is not None]
         if not busy:
             return
         patience = max(0.0, min(busy) + GRACE_S - time.time())
@@ -189,10 +213,12 @@ class WorkerPool:
             if answer is None:  # it has started, in place of one that died
                 continue
             number, reply, state = answer
-            if worker.jobs and worker.jobs[0].number == number:
-                done[number] = (reply, state, worker.jobs.popleft())
+            if worker.abandoned:
+                worker.abandoned.popleft()
+            else:
+                done[number] = (reply, _state_from_bytes(state), worker.jobs.popleft())
         for worker in list(self._workers):
-            if worker.jobs and time.time() > worker.jobs[0].deadline + GRACE_S:
+            if worker.deadline is not None and time.time() > worker.deadline + GRACE_S:
                 late = ClientTimeoutError("Still busy at the deadline; its process was ended.")
                 self._replace(worker, late, waiting, done)
 
@@ -207,15 +233,20 @@ class WorkerPool:
         worker.process.kill()
         worker.process.join()
         worker.connection.close()
-        if worker.jobs:
+        if worker.jobs and not worker.abandoned:
             job = worker.jobs.popleft()
             done[job.number] = (codec.error_reply(job.message, error), {}, job)
         waiting.extendleft(reversed(worker.jobs))
         self._workers[self._workers.index(worker)] = self._start()
 
     def _abandon(self) -> None:
-        """Forget what is still under way; a worker that is busy past its time is ended."""
+        """Forget what is still under way.
+
+        A worker takes nothing new until it has answered what it was abandoned with, or is ended
+        at the deadline of that.
+        """
         for worker in self._workers:
+            worker.abandoned.extend(worker.jobs)
             worker.jobs.clear()
 
     def _start(self) -> _Worker:
@@ -245,6 +276,15 @@ def serve(connection: Connection, run_config: UserConfig, threads: int) -> None:
             if payload is not None:
                 held = pickle.loads(payload)
             message = make_message(metadata=bare.metadata, content=held)
-            states.restore(state)
+            states.restore(_state_from_bytes(state))
             reply = call_client(app, message, node_config, run_config)
-            connection.send((number, reply, states.snapshot()))
+            connection.send((number, reply, _state_to_bytes(states.snapshot())))
+
+
+def _state_to_bytes(state: Mapping[str, Any]) -> bytes:
+    return tree_to_bytes(dict(state)) if state else b""
+
+
+def _state_from_bytes(content: bytes) -> Mapping[str, Any]:
+    state: Mapping[str, Any] = tree_from_bytes(content) if content else {}
+    return state

@@ -1,1 +1,1 @@
-"""Privacy mechanisms and their accounting."""
+"""What a run promises about privacy: nothing yet beyond the locality of records."""
