@@ -153,7 +153,8 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
     from fl_app.errors import ConfigError, FlAppError, InterruptedRunError
     from fl_app.run_config import CONFIG_NAME, conf_dir, register
 
-    sweep = "--multirun" in arguments or "-m" in arguments
+    rest = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+    sweep = len(rest) < len(arguments)
     failed: list[FlAppError] = []
     interrupted: list[InterruptedRunError] = []
     played: list[tuple[str, dict[str, Any]]] = []
@@ -189,7 +190,8 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
                 _fail(f"run {folder.name}: {error}", 1)
 
     register()
-    sys.argv = ["fl-app run", *arguments]
+    # Flags first: Hydra's parser wants all overrides in one piece.
+    sys.argv = ["fl-app run", *(["--multirun"] if sweep else []), *rest]
     hydra.main(version_base=None, config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
     if interrupted:
         raise interrupted[0]

@@ -237,6 +237,11 @@ def build(config_json: str) -> Components:
             "partition.validation_fraction > 0, or early_stopping_patience=null."
         )
     components.selector.wanted(len(data.clients))
+    if components.selector.min_clients > len(data.clients):
+        raise ConfigError(
+            f"selection.min_clients={components.selector.min_clients} exceeds the population of "
+            f"{len(data.clients)} clients: lower it or raise partition.num_clients."
+        )
     _try_optimizer("client.optimizer", components.training.optimizer)
     _try_optimizer("strategy.server_optimizer", components.composition.server_optimizer)
     probe = data.held_out or data.examples_of(data.clients[0]).train

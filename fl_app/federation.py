@@ -153,14 +153,6 @@ def _set_up(
     """Return the run, at its beginning or where its last checkpoint was, and that round."""
     initial, trainable = start
     directory = grid.directory if isinstance(grid, KnowsClients) else QueryDirectory(grid)
-    if (
-        isinstance(grid, KnowsClients)
-        and len(directory.clients()) < components.selector.min_clients
-    ):
-        raise ConfigError(
-            f"selection.min_clients={components.selector.min_clients} exceeds the population of "
-            f"{len(directory.clients())} clients: nobody else will come. Lower it."
-        )
     wait_for_clients(directory, components.selector.min_clients)
     run = Run(
         name=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],

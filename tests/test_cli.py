@@ -221,7 +221,7 @@ def test_an_interrupted_run_says_how_to_go_on(sweep: list[str], tmp_path: Path) 
         pass
     process.send_signal(2)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 1, errors
     assert "resume=" in errors
     assert "Traceback" not in errors
     assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["0"]
