@@ -24,6 +24,9 @@ class Aggregation(Protocol):
 
         Args:
             updates: At least one, in canonical client order (float addition is not associative).
+
+        Raises:
+            TooFewUpdatesError: The rule needs more; the round then keeps the old model.
         """
         ...
 

@@ -20,3 +20,7 @@ class InterruptedRunError(FlAppError):
 
 class EmptyCohortError(FlAppError):
     """No client at all could be asked to take part in a round."""
+
+
+class TooFewUpdatesError(FlAppError):
+    """An aggregation rule needs more updates than came back; the round keeps the old model."""

@@ -59,7 +59,7 @@ class _Cohort:
         min_clients: Clients that must be known before a run starts, >= 1.
     """
 
-    fraction: float = 1.0
+    fraction: float = 0.5
     count: int | None = None
     over_selection: float = 0.0
     min_replies: int = 1

@@ -41,6 +41,7 @@ from fl_app.types import (
     FailureKind,
     Params,
     RoundReport,
+    TooFewUpdatesError,
     client_order,
 )
 from fl_app.validation import UpdateChecks
@@ -178,11 +179,9 @@ class FederatedStrategy(Strategy):
             and the cohort's mean metrics, or None if there are none.
         """
         updates, failures = self._collect(server_round, replies)
-        model = self.state.params
-        applied = len(updates) >= self._selector.min_replies
-        optimizer = self.state.optimizer
-        if applied:
-            change = self.composition.aggregation(updates)
+        model, optimizer = self.state.params, self.state.optimizer
+        change = self._change(updates, server_round)
+        if change is not None:
             model, optimizer = apply_change(
                 model,
                 change,
@@ -190,19 +189,12 @@ class FederatedStrategy(Strategy):
                 make_optimizer=self.composition.server_optimizer,
                 state=optimizer,
             )
-        else:
-            log.warning(
-                "Round %d: %d of at least %d updates came back; the model stays as it was.",
-                server_round,
-                len(updates),
-                self._selector.min_replies,
-            )
         metrics = _mean_metrics(updates)
         self.report = RoundReport(
             round=server_round,
             cohort=self._cohort(),
             num_updates=len(updates),
-            applied=applied,
+            applied=change is not None,
             failures=failures,
             client_metrics=metrics,
             client_accuracy=_accuracies(updates),
@@ -212,7 +204,7 @@ class FederatedStrategy(Strategy):
         )
         self.state = ServerState(round=server_round, params=model, optimizer=optimizer)
         return (
-            encode_params(model) if applied else None,
+            encode_params(model) if change is not None else None,
             MetricRecord(dict(metrics)) if metrics else None,
         )
 
@@ -283,6 +275,18 @@ class FederatedStrategy(Strategy):
     def current_arrays(self) -> ArrayRecord:
         """Return the global model as Flower arrays."""
         return encode_params(self.state.params)
+
+    def _change(self, updates: Sequence[ClientUpdate], round: int) -> Params | None:
+        """Return the combined change, or None if there are too few updates for one."""
+        if len(updates) < self._selector.min_replies:
+            why = f"{len(updates)} of at least {self._selector.min_replies} updates came back"
+        else:
+            try:
+                return self.composition.aggregation(updates)
+            except TooFewUpdatesError as error:
+                why = str(error).rstrip(".")
+        log.warning("Round %d: %s; the model stays as it was.", round, why)
+        return None
 
     def _cohort(self) -> tuple[ClientId, ...]:
         asked = [*self._asked.values(), *(failure.client for failure in self._offline)]

@@ -62,8 +62,8 @@ class LocalTraining:
     """
 
     optimizer: OptimizerFactory
-    epochs: int = 1
-    batch_size: int = 32
+    epochs: int = 5
+    batch_size: int = 16
     early_stopping_patience: int | None = None
     keep_optimizer_state: bool = False
     share_label_counts: bool = False

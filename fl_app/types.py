@@ -19,6 +19,7 @@ from fl_app.errors import ConfigError as ConfigError
 from fl_app.errors import EmptyCohortError as EmptyCohortError
 from fl_app.errors import FlAppError as FlAppError
 from fl_app.errors import InterruptedRunError as InterruptedRunError
+from fl_app.errors import TooFewUpdatesError as TooFewUpdatesError
 
 ClientId: TypeAlias = str
 """Stable name of a client: its partition number in a simulation, its site's name in a deployment.
