@@ -62,7 +62,7 @@ def strategy(
             objective=OwnLoss(),
             name="test",
         ),
-        selector=selector or RoundRobin(),
+        selector=selector or RoundRobin(fraction=1.0),
         checks=UpdateChecks(**checks),
         directory=directory or LocalDirectory(ClientRange(num_clients)),
         initial=MODEL,
@@ -268,7 +268,9 @@ def test_each_way_to_fail_is_counted_by_its_kind() -> None:
 
 @pytest.mark.parametrize("num_good", [0, 1, 2, 3])
 def test_with_too_few_good_replies_the_model_stays_as_it_was(num_good) -> None:
-    played = strategy(3, selector=RoundRobin(min_replies=2), server_optimizer=torch.optim.Adam)
+    played = strategy(
+        3, selector=RoundRobin(fraction=1.0, min_replies=2), server_optimizer=torch.optim.Adam
+    )
     before = played.state
     replies = [good(m) if n < num_good else good(m, math.nan) for n, m in enumerate(asked(played))]
     arrays, _ = played.aggregate_train(1, replies)
