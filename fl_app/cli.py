@@ -40,15 +40,11 @@ def run(context: typer.Context, as_json: _JSON = False) -> None:
     Takes Hydra's overrides and flags: -m for sweeps, --cfg job to print the configuration,
     --config-dir DIR for configurations of your own, resume=RUN_DIR to go on with a run.
     """
-    arguments = list(context.args)
-    resume = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
-    if resume and resume[-1] not in ("", "null"):
-        from fl_app.config import resumed_config
-
-        others = [a for a in arguments if not a.startswith("resume=")]
-        _play(resumed_config(resume[-1], others), as_json=as_json, launched_at=LAUNCHED_AT)
+    resumed = _resumed(context.args)
+    if resumed is None:
+        _run_with_hydra(context.args, as_json=as_json)
     else:
-        _run_with_hydra(arguments, as_json=as_json)
+        _play(resumed, as_json=as_json, launched_at=LAUNCHED_AT)
 
 
 @cli.command(context_settings=_PASS_ON)
@@ -56,7 +52,7 @@ def check(context: typer.Context, as_json: _JSON = False) -> None:
     """Compose and build a configuration, and say what would run, without running it."""
     from fl_app.plan import describe_plan, print_plan
 
-    plan = describe_plan(_composed(context.args))
+    plan = describe_plan(_resumed(context.args) or _composed(context.args))
     if as_json:
         typer.echo(json.dumps(plan, indent=2))
     else:
@@ -206,9 +202,19 @@ def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
         raise failed[0]
 
 
+def _resumed(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Return the configuration of the run that ``resume=RUN_DIR`` names, or None without it."""
+    folders = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    if not folders or folders[-1] in ("", "null"):
+        return None
+    from fl_app.config import resumed_config
+
+    return resumed_config(folders[-1], [a for a in arguments if not a.startswith("resume=")])
+
+
 def _composed(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the configuration that overrides, and ``--config-dir`` among them, give."""
-    from fl_app.config import compose_config, resumed_config
+    from fl_app.config import compose_config
     from fl_app.errors import ConfigError
 
     overrides, folders, rest = [], [], iter(arguments)
@@ -218,9 +224,6 @@ def _composed(arguments: Sequence[str]) -> dict[str, Any]:
             if not folder.is_dir():
                 raise ConfigError(f"--config-dir {folder} is not a folder.")
             folders.append(folder)
-        elif argument.startswith("resume=") and argument != "resume=null":
-            others = [other for other in arguments if not other.startswith("resume=")]
-            return resumed_config(argument.partition("=")[2], others)
         else:
             overrides.append(argument)
     return compose_config(overrides, folders)

@@ -57,8 +57,7 @@ _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
 _NPY = "numpy.ndarray"
 _MOST_METRICS, _LONGEST_NAME = 64, 64
-RUN = "run"
-"""Key of the run's name in an instruction's config."""
+_RUN = "run"
 _Order: TypeAlias = Literal["C", "F"]
 _C_ORDER: _Order = "C"
 _R = TypeVar("_R", ArrayRecord, MetricRecord, ConfigRecord)
@@ -179,6 +178,11 @@ def _npy_header(dtype: str, shape: tuple[int, ...], *, fortran_order: bool = Fal
 
 
 # Server side --------------------------------------------------------------------------------------
+
+
+def instruction_config(run: str) -> ConfigRecord:
+    """Return what every instruction of the run of this name carries besides the model."""
+    return ConfigRecord({_RUN: run})
 
 
 def train_messages(
@@ -340,7 +344,7 @@ def decode_instruction(instruction: Message) -> TrainInstruction:
     return TrainInstruction(
         round=cast(int, config[_ROUND]),
         params=decode_model(instruction),
-        run=str(config.get(RUN, ""))[:_LONGEST_NAME],
+        run=str(config.get(_RUN, ""))[:_LONGEST_NAME],
         deadline_s=metadata.created_at + metadata.ttl - time.time(),
     )
 

@@ -72,11 +72,6 @@ def write_params(model: nn.Module, params: Params) -> None:
     copy_into(entries_of(model), params)
 
 
-def params_delta(model: nn.Module, start: Params) -> Params:
-    """Return the model's parameters minus ``start``, as new tensors."""
-    return change_of(entries_of(model), start)
-
-
 def trainable_names(model: nn.Module) -> frozenset[str]:
     """Return the names that gradients change; the rest of the parameters are buffers."""
     return frozenset(name for name, p in model.named_parameters() if p.requires_grad)

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from fl_app.checkpoint import Checkpoints
-from fl_app.codec import RUN
+from fl_app.codec import instruction_config
 from fl_app.stopping import Progress, Stopping, describe_stop
 from fl_app.strategy import FederatedStrategy, ServerState
 from fl_app.tracking.base import Trackers
@@ -120,7 +120,7 @@ def run_rounds(run: Run) -> StopReason:
 def _play_round(run: Run, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundReport]:
     """Play one round; return the global model after it, and what happened."""
     began = time.perf_counter()
-    config = ConfigRecord({RUN: run.name})
+    config = instruction_config(run.name)
     instructions = run.strategy.configure_train(number, arrays, config, run.grid)
     replies = exchange(run.grid, instructions, timeout_s=run.timeout_s)
     changed, _ = run.strategy.aggregate_train(number, replies)

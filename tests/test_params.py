@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fl_app.params import (
+    change_of,
     describe_misfit,
+    entries_of,
     l2_norm,
     load_model,
     model_hash,
     num_bytes,
-    params_delta,
     read_params,
     save_model,
     trainable_names,
@@ -84,7 +85,7 @@ def test_writing_without_one_of_the_names_is_an_error() -> None:
 def test_start_plus_delta_is_the_model_buffers_included() -> None:
     model, start = network(1), read_params(network(2))
     model[1].running_mean.fill_(0.5)
-    delta = params_delta(model, start)
+    delta = change_of(entries_of(model), start)
     assert list(delta) == NAMES
     assert delta["1.running_mean"].tolist() == [0.5, 0.5]
     for name, tensor in read_params(model).items():

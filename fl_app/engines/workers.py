@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from flwr.app import Message, RecordDict, UserConfig
@@ -31,6 +31,10 @@ from fl_app.types import FlAppError
 
 GRACE_S = 1.0
 """Seconds past a round's deadline that a worker has to give up by itself before it is ended."""
+
+
+_Answer: TypeAlias = tuple[Message, Mapping[str, Any]]
+"""A reply, and what its client remembers now."""
 
 
 class WorkerDiedError(FlAppError):
@@ -114,19 +118,18 @@ class WorkerPool:
         self.wait_until_ready()
         waiting = deque(self._numbered(jobs))
         due = deque(job.number for job in waiting)
-        done: dict[int, tuple[Message, Any, _Job]] = {}
+        done: dict[int, _Answer] = {}
         try:
             while due:
                 self._hand_out(waiting, done)
                 self._gather(waiting, done)
                 while due and due[0] in done:
-                    reply, state, job = done.pop(due.popleft())
+                    reply, state = done.pop(due.popleft())
                     # Kept only now: a reply that nobody asks for any more must leave no trace,
                     # or the number of workers would show in what clients remember.
                     self._states.merge(state)
                     yield reply
         finally:
-            # What workers still do for this round is done in vain; its replies carry old numbers.
             self._abandon()
 
     def wait_until_ready(self) -> None:
@@ -151,7 +154,7 @@ class WorkerPool:
             self._next_number += 1
             yield _Job(number=self._next_number, message=message, node_config=node_config)
 
-    def _hand_out(self, waiting: deque[_Job], done: dict[int, tuple[Message, Any, _Job]]) -> None:
+    def _hand_out(self, waiting: deque[_Job], done: dict[int, _Answer]) -> None:
         """Give each worker instructions until it has as many as it may have ahead."""
         for depth in range(1, self._prefetch + 1):
             for worker in self._workers:
@@ -164,7 +167,7 @@ class WorkerPool:
                 job = waiting.popleft()
                 if time.time() > job.deadline:
                     late = ClientTimeoutError("The round's time was up before this client's turn.")
-                    done[job.number] = (codec.error_reply(job.message, late), {}, job)
+                    done[job.number] = (codec.error_reply(job.message, late), {})
                     continue
                 worker.jobs.append(job)
                 # A worker that has just died is noticed, and its jobs are taken back, in _gather.
@@ -194,7 +197,7 @@ class WorkerPool:
         state = _state_to_bytes(self._states.of(job.client))
         worker.connection.send((job.number, bare, payload, job.node_config, state))
 
-    def _gather(self, waiting: deque[_Job], done: dict[int, tuple[Message, Any, _Job]]) -> None:
+    def _gather(self, waiting: deque[_Job], done: dict[int, _Answer]) -> None:
         """Wait for something to happen: replies, a worker that died, or one that hangs."""
         by_connection = {worker.connection: worker for worker in self._workers}
         busy = [worker.deadline for worker in self._workers if worker.deadline is not None]
@@ -216,7 +219,8 @@ class WorkerPool:
             if worker.abandoned:
                 worker.abandoned.popleft()
             else:
-                done[number] = (reply, _state_from_bytes(state), worker.jobs.popleft())
+                worker.jobs.popleft()
+                done[number] = (reply, _state_from_bytes(state))
         for worker in list(self._workers):
             if worker.deadline is not None and time.time() > worker.deadline + GRACE_S:
                 late = ClientTimeoutError("Still busy at the deadline; its process was ended.")
@@ -227,7 +231,7 @@ class WorkerPool:
         worker: _Worker,
         error: Exception,
         waiting: deque[_Job],
-        done: dict[int, tuple[Message, Any, _Job]],
+        done: dict[int, _Answer],
     ) -> None:
         """End a worker, fail the client it was at, and start another in its place."""
         worker.process.kill()
@@ -235,7 +239,7 @@ class WorkerPool:
         worker.connection.close()
         if worker.jobs and not worker.abandoned:
             job = worker.jobs.popleft()
-            done[job.number] = (codec.error_reply(job.message, error), {}, job)
+            done[job.number] = (codec.error_reply(job.message, error), {})
         waiting.extendleft(reversed(worker.jobs))
         self._workers[self._workers.index(worker)] = self._start()
 
