@@ -245,17 +245,27 @@ def build(config_json: str) -> Components:
     _try_optimizer("client.optimizer", components.training.optimizer)
     _try_optimizer("strategy.server_optimizer", components.composition.server_optimizer)
     probe = data.held_out or data.examples_of(data.clients[0]).train
-    model = task.build_model()
-    check_model(task, model, probe)
-    if components.stopping.watches:
-        if data.held_out is None:
-            raise ConfigError(
-                "stopping.target and stopping.patience watch the held-out set, and there is none: "
-                "raise task.test_fraction, or use stopping.max_seconds."
-            )
-        start = evaluate(model, task, data.held_out, params=read_params(model))
-        components.stopping.after_round(Progress(), start.metrics, elapsed_s=0.0)
+    check_model(task, task.build_model(), probe)
     return components
+
+
+def check_stopping(components: Components) -> None:
+    """Refuse a rule that watches what is not measured: for the server, before the first round.
+
+    Raises:
+        ConfigError: There is no held-out set, or the metric is not one of the task's.
+    """
+    task, data = components.task, components.data
+    if not components.stopping.watches:
+        return
+    if data.held_out is None:
+        raise ConfigError(
+            "stopping.target and stopping.patience watch the held-out set, and there is none: "
+            "raise task.test_fraction, or use stopping.max_seconds."
+        )
+    model = task.build_model()
+    start = evaluate(model, task, data.held_out, params=read_params(model))
+    components.stopping.after_round(Progress(), start.metrics, elapsed_s=0.0)
 
 
 def _try_optimizer(key: str, make: OptimizerFactory) -> None:

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from fl_app.checkpoint import Checkpoints
-from fl_app.config import Components, build, make_tracker, to_json, to_yaml
+from fl_app.config import Components, build, check_stopping, make_tracker, to_json, to_yaml
 from fl_app.directory import Directory, KnowsClients, QueryDirectory
 from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
@@ -73,6 +73,7 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
         EmptyCohortError: Too few clients came.
     """
     components = build(to_json(config))
+    check_stopping(components)
     # A resumed run has its model in a checkpoint; the file it began from may be gone.
     path = None if config["resume"] else config["initial_model"]
     start = initial_model(components, path)

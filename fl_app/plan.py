@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_app.config import build, make_engine, make_tracker, to_json
+from fl_app.config import build, check_stopping, make_engine, make_tracker, to_json
 from fl_app.federation import initial_model
 from fl_app.params import num_bytes
 
@@ -25,6 +25,7 @@ def describe_plan(config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: It could not run.
     """
     components = build(to_json(config))
+    check_stopping(components)
     engine = make_engine(config)
     make_tracker(config)
     params, trainable = initial_model(components, config["initial_model"])

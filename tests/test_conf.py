@@ -10,6 +10,7 @@ from helpers import TINY, play, summary_of
 
 from fl_app.config import (
     build,
+    check_stopping,
     compose_config,
     from_run_config,
     make_engine,
@@ -114,10 +115,10 @@ def test_a_mistake_is_named_with_its_key_and_the_way_out(override: str, words: l
 def test_a_rule_that_watches_what_is_not_there_is_told_before_the_run() -> None:
     unknown = compose_config(["stopping.target=0.9", "stopping.metric=nope"])
     with pytest.raises(ConfigError, match=r"stopping\.metric=nope.*accuracy"):
-        build(to_json(unknown))
+        check_stopping(build(to_json(unknown)))
     unwatched = compose_config(["stopping.patience=3", "task.test_fraction=0"])
     with pytest.raises(ConfigError, match=r"task\.test_fraction"):
-        build(to_json(unwatched))
+        check_stopping(build(to_json(unwatched)))
 
 
 def test_a_config_dir_adds_choices_of_ones_own(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class Times:
 
     Attributes:
         setup: From the start of the command to the start of the first round.
-        total: From the start of the command to the end of the last round.
+        total: From the start of the command to the last measurement, and before a resume.
         per_round: Median over rounds, or None without a round.
     """
 
