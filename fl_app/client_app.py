@@ -129,7 +129,7 @@ def _runtime_for(config_json: str, overrides: str, *, in_process: bool) -> Clien
         task=components.task,
         data=components.data,
         training=components.training,
-        objective=components.composition.objective,
+        objective=components.algorithm.objective,
         seed=components.seed,
         states=states,
     )

@@ -16,18 +16,13 @@ MetricRecord with ``num-examples``, as Flower's own strategies expect.
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import TypeVar, cast
 
-import numpy as np
-import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Error,
@@ -37,8 +32,8 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.common.constant import ErrorCode
-from torch import Tensor
 
+from fl_app.arrays import MalformedReplyError, decode_params, encode_params
 from fl_app.params import num_bytes
 from fl_app.types import (
     ClientDescription,
@@ -46,7 +41,6 @@ from fl_app.types import (
     ClientUpdate,
     Evaluation,
     FailureKind,
-    FlAppError,
     Params,
     TrainInstruction,
 )
@@ -55,11 +49,8 @@ _ARRAYS, _CONFIG, _METRICS, _CLIENT = "arrays", "config", "metrics", "client"
 _ROUND, _NUM_EXAMPLES, _TEST_NUM_EXAMPLES = "server-round", "num-examples", "test-num-examples"
 _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
-_NPY = "numpy.ndarray"
 _MOST_METRICS, _LONGEST_NAME = 64, 64
 _RUN = "run"
-_Order: TypeAlias = Literal["C", "F"]
-_C_ORDER: _Order = "C"
 _R = TypeVar("_R", ArrayRecord, MetricRecord, ConfigRecord)
 
 _FAILURE_KINDS = {
@@ -67,114 +58,6 @@ _FAILURE_KINDS = {
     ErrorCode.MESSAGE_UNAVAILABLE: FailureKind.TIMEOUT,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureKind.TIMEOUT,
 }
-
-
-class MalformedReplyError(FlAppError):
-    """A reply is not what the protocol says; the message says what is wrong with it."""
-
-
-# Parameters <-> ArrayRecord -----------------------------------------------------------------------
-
-
-def encode_params(params: Params) -> ArrayRecord:
-    """Return the tensors as Flower arrays, byte for byte as ``ArrayRecord(state_dict)`` gives them.
-
-    About twenty times as fast for small tensors: the NPY header is made once per shape.
-    """
-    record = ArrayRecord()
-    for name, tensor in params.items():
-        values = tensor.detach().cpu().numpy()
-        transposed = values.flags.f_contiguous and not values.flags.c_contiguous
-        dtype = _dtype_name(values.dtype)
-        header = _npy_header(dtype, values.shape, fortran_order=transposed)
-        record[name] = Array(
-            dtype=dtype,
-            shape=values.shape,
-            stype=_NPY,
-            data=header + values.tobytes(order="F" if transposed else "C"),
-        )
-    return record
-
-
-def decode_params(record: ArrayRecord) -> Params:
-    """Return the tensors of a record.
-
-    Each array must declare truly what it holds: the size of its data is checked against its
-    declared shape and type before anything is parsed.
-
-    Raises:
-        MalformedReplyError: An array is not a plain numeric NPY array of its declared shape.
-    """
-    return {name: _decode_array(name, array) for name, array in record.items()}
-
-
-def _decode_array(name: str, array: Array) -> Tensor:
-    shape = tuple(array.shape)
-    try:
-        header = _npy_header(array.dtype, shape)
-        if array.stype != _NPY:
-            raise ValueError(f"it is serialised as {array.stype:.40}")
-        offset, order = len(header), _C_ORDER
-        if not array.data.startswith(header):
-            offset, order = _read_npy_header(array)
-        dtype = np.dtype(array.dtype)
-        if min(shape, default=0) < 0:
-            raise ValueError("no size can be negative")
-        if len(array.data) - offset != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"it holds {len(array.data) - offset} bytes of values")
-        flat = np.frombuffer(array.data, dtype=dtype, offset=offset)
-        # The copy makes the tensor writable and independent of the message.
-        return torch.from_numpy(flat.reshape(shape, order=order).copy(order="C"))
-    # NumPy has Python's parser read types and headers, which raises all kinds of things.
-    except Exception as error:
-        claim = f"{array.dtype:.40}{shape}"
-        raise MalformedReplyError(
-            f"array {name!r:.80} is not the {claim:.80} it claims to be: {error}"
-        ) from error
-
-
-def _read_npy_header(array: Array) -> tuple[int, _Order]:
-    """Return where the values begin and in which order they lie, for a header not as ours.
-
-    Such as of a transposed array, or one padded otherwise by another release of NumPy.
-
-    Raises:
-        ValueError: The header is broken, or states another shape or type than the array declares.
-    """
-    stream = io.BytesIO(array.data)
-    version = np.lib.format.read_magic(stream)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ValueError(f"NPY format {version} is not known")
-    shape, fortran_order, dtype = read(stream)
-    if shape != tuple(array.shape) or dtype != np.dtype(array.dtype):
-        raise ValueError(f"it holds {dtype}{shape}")
-    return stream.tell(), "F" if fortran_order else "C"
-
-
-@lru_cache(maxsize=64)
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    """Return NumPy's name of a type, such as "float32", which NumPy makes anew at every call."""
-    return str(dtype)
-
-
-@lru_cache(maxsize=1024)
-def _npy_header(dtype: str, shape: tuple[int, ...], *, fortran_order: bool = False) -> bytes:
-    """Return what NumPy's format puts before the values of an array."""
-    described = np.dtype(dtype)
-    if described.kind not in "fiub":
-        raise ValueError(f"dtype {dtype} is not numeric")
-    header = {
-        "descr": np.lib.format.dtype_to_descr(described),
-        "fortran_order": fortran_order,
-        "shape": shape,
-    }
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
 
 
 # Server side --------------------------------------------------------------------------------------
@@ -185,18 +68,22 @@ def instruction_config(run: str) -> ConfigRecord:
     return ConfigRecord({_RUN: run})
 
 
-def train_messages(
-    node_ids: Iterable[int], arrays: ArrayRecord, config: ConfigRecord, *, round: int, ttl: float
-) -> list[Message]:
-    """Return one training instruction a node; all share the same records."""
-    return _messages(node_ids, MessageType.TRAIN, arrays, config, round=round, ttl=ttl)
+def instruction(arrays: ArrayRecord, config: ConfigRecord, *, round: int) -> RecordDict:
+    """Return what an instruction carries: the model, and the configuration with the round in it."""
+    config[_ROUND] = round
+    return RecordDict({_ARRAYS: arrays, _CONFIG: config})
+
+
+def train_messages(contents: Mapping[int, RecordDict], *, round: int, ttl: float) -> list[Message]:
+    """Return one training instruction for each (node, content)."""
+    return _messages(contents, MessageType.TRAIN, round=round, ttl=ttl)
 
 
 def evaluate_messages(
-    node_ids: Iterable[int], arrays: ArrayRecord, config: ConfigRecord, *, round: int, ttl: float
+    contents: Mapping[int, RecordDict], *, round: int, ttl: float
 ) -> list[Message]:
-    """Return one evaluation instruction a node; all share the same records."""
-    return _messages(node_ids, MessageType.EVALUATE, arrays, config, round=round, ttl=ttl)
+    """Return one evaluation instruction for each (node, content)."""
+    return _messages(contents, MessageType.EVALUATE, round=round, ttl=ttl)
 
 
 def query_messages(node_ids: Iterable[int], *, ttl: float) -> list[Message]:
@@ -205,17 +92,12 @@ def query_messages(node_ids: Iterable[int], *, ttl: float) -> list[Message]:
 
 
 def _messages(
-    node_ids: Iterable[int],
-    message_type: str,
-    arrays: ArrayRecord,
-    config: ConfigRecord,
-    *,
-    round: int,
-    ttl: float,
+    contents: Mapping[int, RecordDict], message_type: str, *, round: int, ttl: float
 ) -> list[Message]:
-    config[_ROUND] = round
-    content = RecordDict({_ARRAYS: arrays, _CONFIG: config})
-    return [Message(content, node, message_type, ttl=ttl, group_id=str(round)) for node in node_ids]
+    return [
+        Message(content, node, message_type, ttl=ttl, group_id=str(round))
+        for node, content in contents.items()
+    ]
 
 
 def failure_of(reply: Message) -> tuple[FailureKind, str] | None:
@@ -318,6 +200,38 @@ def _decode_evaluation(metrics: MetricRecord) -> Evaluation | None:
         return None
     figures = {k: v for k, v in _floats(metrics, _TEST).items() if k != "num_examples"}
     return Evaluation(num_examples=count, metrics=figures)
+
+
+def model_replies(
+    updates: Mapping[int, ClientUpdate], model: Params, *, round: int
+) -> list[Message]:
+    """Return updates as the replies that Flower's own strategies expect.
+
+    That is the whole local model, and figures that all replies have. Those of the training go by
+    "train-loss" and, as Flower's QFedAvg asks for it, by "train_loss".
+
+    Args:
+        updates: Node -> update, in canonical client order.
+        model: The global model that the updates change.
+        round: The round that they answer.
+    """
+    shared = set.intersection(*(set(update.metrics) for update in updates.values()))
+    replies = []
+    for node, update in updates.items():
+        figures: dict[str, int | float] = {_NUM_EXAMPLES: update.num_examples}
+        for name in sorted(shared):
+            hyphenated = f"{_TRAIN}{name.replace('_', '-')}"
+            figures[hyphenated] = figures[hyphenated.replace("-", "_")] = update.metrics[name]
+        local = {name: tensor + update.delta[name] for name, tensor in model.items()}
+        content = RecordDict({_ARRAYS: encode_params(local), _METRICS: MetricRecord(dict(figures))})
+        asked = Message(RecordDict(), node, MessageType.TRAIN, group_id=str(round))
+        replies.append(Message(content, reply_to=asked))
+    return replies
+
+
+def plain_figures(metrics: MetricRecord | None) -> dict[str, float]:
+    """Return the plain finite figures of a record, named as ours are."""
+    return dict(_floats(metrics, "")) if metrics else {}
 
 
 # Client side --------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fl_app.algorithm import Algorithm, Composition
+from fl_app.flower_strategy import as_algorithm
 from fl_app.params import read_params
 from fl_app.privacy.plan import NoPrivacy
 from fl_app.run_config import CONFIG_NAME, RunConfig, closest, conf_dir, explain, register
@@ -30,7 +32,6 @@ from fl_app.schema import check
 from fl_app.selection import Selector
 from fl_app.server_optimizer import OptimizerFactory
 from fl_app.stopping import Progress, Stopping
-from fl_app.strategy import Composition
 from fl_app.tasks.base import Task
 from fl_app.tasks.checks import check_model
 from fl_app.training import LocalTraining, evaluate
@@ -65,7 +66,7 @@ class Components:
     task: Task
     data: FederatedData
     training: LocalTraining
-    composition: Composition
+    algorithm: Algorithm
     selector: Selector
     checks: UpdateChecks
     stopping: Stopping
@@ -217,16 +218,13 @@ def build(config_json: str) -> Components:
         task=task,
         data=data,
         training=_make(config, "client", "epochs", "batch_size", "optimizer"),
-        composition=_make(config, "strategy", "aggregation", "server_optimizer", "objective"),
+        algorithm=_make_algorithm(config),
         selector=_make(config, "selection", "select", "wanted"),
         checks=_make(config, "checks", "objection"),
         stopping=_make(config, "stopping", "after_round"),
         privacy=_make(config, "privacy"),
         seed=seed,
     )
-    composition = components.composition
-    _require("strategy.aggregation", composition.aggregation, "__call__")
-    _require("strategy.objective", composition.objective, "add_gradient")
     if not isinstance(components.privacy, NoPrivacy):
         raise ConfigError("privacy: only privacy=none is available.")
     if components.training.early_stopping_patience and not config["partition"].get(
@@ -243,7 +241,6 @@ def build(config_json: str) -> Components:
             f"{len(data.clients)} clients: lower it or raise partition.num_clients."
         )
     _try_optimizer("client.optimizer", components.training.optimizer)
-    _try_optimizer("strategy.server_optimizer", components.composition.server_optimizer)
     probe = data.held_out or data.examples_of(data.clients[0]).train
     check_model(task, task.build_model(), probe)
     return components
@@ -266,6 +263,17 @@ def check_stopping(components: Components) -> None:
     model = task.build_model()
     start = evaluate(model, task, data.held_out, params=read_params(model))
     components.stopping.after_round(Progress(), start.metrics, elapsed_s=0.0)
+
+
+def _make_algorithm(config: Mapping[str, Any]) -> Algorithm:
+    named = _make(config, "strategy")
+    algorithm: Algorithm = as_algorithm(named, config["strategy"])
+    _require("strategy", algorithm, "instruct", "step")
+    _require("strategy.objective", algorithm.objective, "add_gradient")
+    if isinstance(algorithm, Composition):
+        _require("strategy.aggregation", algorithm.aggregation, "__call__")
+        _try_optimizer("strategy.server_optimizer", algorithm.server_optimizer)
+    return algorithm
 
 
 def _try_optimizer(key: str, make: OptimizerFactory) -> None:

@@ -13,7 +13,8 @@ from typing import Protocol, runtime_checkable
 
 from flwr.serverapp import Grid
 
-from fl_app.codec import MalformedReplyError, decode_description, failure_of, query_messages
+from fl_app.arrays import MalformedReplyError
+from fl_app.codec import decode_description, failure_of, query_messages
 from fl_app.types import ClientId, client_order
 
 log = logging.getLogger(__name__)

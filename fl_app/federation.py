@@ -22,6 +22,7 @@ import torch
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
+from fl_app.algorithm import ServerState
 from fl_app.checkpoint import Checkpoints
 from fl_app.config import Components, build, check_stopping, make_tracker, to_json, to_yaml
 from fl_app.directory import Directory, KnowsClients, QueryDirectory
@@ -29,7 +30,7 @@ from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
 from fl_app.rounds import Run, resume_from_checkpoint, run_rounds, writing_to
 from fl_app.run_config import file_name, local_path
-from fl_app.strategy import FederatedStrategy, ServerState
+from fl_app.strategy import FederatedStrategy
 from fl_app.tracking.base import Tracker, Trackers
 from fl_app.tracking.console import ConsoleProgress
 from fl_app.tracking.report import write_report
@@ -158,7 +159,7 @@ def _set_up(
     run = Run(
         name=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
         strategy=FederatedStrategy(
-            composition=components.composition,
+            algorithm=components.algorithm,
             selector=components.selector,
             checks=components.checks,
             directory=directory,
@@ -276,7 +277,7 @@ def _conclude(
     summary = Summary(
         task=components.task.name,
         engine=engine_of(run.grid),
-        strategy=components.composition.name,
+        strategy=components.algorithm.name,
         seed=components.seed,
         rounds=run.strategy.state.round,
         clients=len(clients),

@@ -45,7 +45,7 @@ def describe_plan(config: Mapping[str, Any]) -> dict[str, Any]:
             "max": max(sizes),
         },
         "held_out_examples": 0 if held_out is None else len(held_out),
-        "strategy": components.composition.name,
+        "strategy": components.algorithm.name,
         "rounds": config["rounds"],
         "cohort_size": cohort,
         "uplink_bytes_per_round": cohort * num_bytes(params),

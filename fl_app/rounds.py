@@ -17,10 +17,11 @@ from typing import Any, Protocol, runtime_checkable
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
+from fl_app.algorithm import ServerState
 from fl_app.checkpoint import Checkpoints
 from fl_app.codec import instruction_config
 from fl_app.stopping import Progress, Stopping, describe_stop
-from fl_app.strategy import FederatedStrategy, ServerState
+from fl_app.strategy import FederatedStrategy
 from fl_app.tracking.base import Trackers
 from fl_app.tracking.rounds_file import RoundsFile
 from fl_app.types import Evaluation, FlAppError, Params, RoundReport, StopReason

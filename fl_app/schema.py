@@ -45,8 +45,7 @@ def _check_node(node: Any, key: str) -> Any:
     target = _locate(node["_target_"], key)
     keys = [name for name in node if name not in ("_target_", "_partial_", "_args_")]
     _check_keys(target, keys, key, partial=bool(node.get("_partial_")))
-    if dataclasses.is_dataclass(target) and isinstance(target, type):
-        checked |= _convert(target, {name: checked[name] for name in keys}, key)
+    checked |= _convert(target, {name: checked[name] for name in keys}, key)
     return checked
 
 
@@ -80,9 +79,9 @@ def _check_keys(target: Any, keys: list[str], key: str, *, partial: bool) -> Non
         raise ConfigError(f"{key}.{missing[0]} is missing: {target.__name__} needs a value for it.")
 
 
-def _convert(target: type, values: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return values converted to the types of a dataclass's fields, where those are plain."""
-    hints = typing.get_type_hints(target)
+def _convert(target: Any, values: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return values converted to the types that a target annotates, where those are plain."""
+    hints = _hints(target)
     plain = {name: hints[name] for name in values if _is_plain(hints.get(name))}
     fields = [(name, _as_omegaconf(hint), dataclasses.field()) for name, hint in plain.items()]
     schema = OmegaConf.structured(dataclasses.make_dataclass(target.__name__, fields))
@@ -96,6 +95,15 @@ def _convert(target: type, values: dict[str, Any], key: str) -> dict[str, Any]:
                 f"{expected.replace('collections.abc.', '')}."
             ) from error
     return typing.cast(dict[str, Any], OmegaConf.to_container(schema))
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Return the types of a target's keys; none if it does not tell them."""
+    is_fields = dataclasses.is_dataclass(target) or not isinstance(target, type)
+    try:
+        return typing.get_type_hints(target if is_fields else target.__init__)
+    except Exception:  # an annotation is code that may raise anything, such as a missing name
+        return {}
 
 
 def _is_plain(hint: Any) -> bool:

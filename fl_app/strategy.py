@@ -1,37 +1,34 @@
 """Our Flower strategy: select, encode, decode, validate, aggregate, step.
 
-A strategy is composed (`Composition`) of an aggregation rule, a server optimizer and a local
-objective; `FederatedStrategy` is the one Flower ``Strategy`` that runs every such composition.
-The loop that drives it, with checkpoints and tracking, is `fl_app.rounds`; Flower's own
-``Strategy.start`` drives it just as well.
+`FederatedStrategy` is the one Flower ``Strategy`` that plays every algorithm (`fl_app.algorithm`),
+with our selection and validation around it. The loop that drives it, with checkpoints and
+tracking, is `fl_app.rounds`; Flower's own ``Strategy.start`` drives it just as well.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_app.aggregation import Aggregation
+from fl_app.algorithm import Algorithm, ServerState, Step
+from fl_app.arrays import MalformedReplyError, encode_params
 from fl_app.codec import (
-    MalformedReplyError,
     decode_evaluation,
     decode_update,
-    encode_params,
     evaluate_messages,
     failure_of,
+    instruction,
     train_messages,
 )
 from fl_app.directory import Directory, KnowsClients
-from fl_app.objective import LocalObjective
 from fl_app.params import num_bytes
 from fl_app.selection import Selector
-from fl_app.server_optimizer import OptimizerFactory, OptimizerState, apply_change
 from fl_app.types import (
     ClientId,
     ClientUpdate,
@@ -40,9 +37,12 @@ from fl_app.types import (
     Failure,
     FailureKind,
     Params,
+    Role,
     RoundReport,
     TooFewUpdatesError,
     client_order,
+    seeded_globals,
+    stream_seed,
 )
 from fl_app.validation import UpdateChecks
 
@@ -54,52 +54,11 @@ FOREVER_S = 10 * 365 * 24 * 3600.0
 """The same where the server's process carries the messages itself."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Composition:
-    """A federated algorithm: what ``strategy=NAME`` puts together.
-
-    Attributes:
-        aggregation: Combines the updates of a cohort.
-        server_optimizer: Steps the global model along the combined change.
-        objective: What clients minimise besides their own loss.
-        name: For the records; no effect.
-    """
-
-    aggregation: Aggregation
-    server_optimizer: OptimizerFactory
-    objective: LocalObjective
-    name: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerState:
-    """The server's side of a run between two rounds.
-
-    Attributes:
-        round: Rounds done.
-        params: Global model.
-        optimizer: Server optimizer's state, or None before its first step.
-    """
-
-    round: int
-    params: Params
-    optimizer: OptimizerState | None = None
-
-    def to_tree(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"round": self.round, "params": dict(self.params), "optimizer": self.optimizer}
-
-    @staticmethod
-    def from_tree(tree: Mapping[str, Any]) -> ServerState:
-        """Return what `to_tree` kept."""
-        return ServerState(round=tree["round"], params=tree["params"], optimizer=tree["optimizer"])
-
-
 class FederatedStrategy(Strategy):
-    """Runs a composition over a population, one round at a time.
+    """Runs an algorithm over a population, one round at a time.
 
     Args:
-        composition: The federated algorithm.
+        algorithm: What clients minimise, and the server's step.
         selector: Draws cohorts.
         checks: What an update must be.
         directory: Who the clients are.
@@ -115,7 +74,7 @@ class FederatedStrategy(Strategy):
     def __init__(
         self,
         *,
-        composition: Composition,
+        algorithm: Algorithm,
         selector: Selector,
         checks: UpdateChecks,
         directory: Directory,
@@ -123,7 +82,7 @@ class FederatedStrategy(Strategy):
         trainable: frozenset[str],
         seed: int,
     ) -> None:
-        self.composition = composition
+        self.algorithm = algorithm
         self.state = ServerState(round=0, params=initial)
         self.report: RoundReport | None = None
         self._selector = selector
@@ -162,9 +121,17 @@ class FederatedStrategy(Strategy):
                 )
             else:
                 self._asked[node] = client
+        with self._randomness(server_round):
+            contents = self.algorithm.instruct(
+                self.state, list(self._asked.values()), arrays, config, round=server_round
+            )
+        self._asked = {node: client for node, client in self._asked.items() if client in contents}
         no_limit = FOREVER_S if isinstance(grid, KnowsClients) else NO_LIMIT_S
-        ttl = self._selector.round_timeout_s or no_limit
-        return train_messages(self._asked, arrays, config, round=server_round, ttl=ttl)
+        return train_messages(
+            {node: contents[client] for node, client in self._asked.items()},
+            round=server_round,
+            ttl=self._selector.round_timeout_s or no_limit,
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -179,22 +146,15 @@ class FederatedStrategy(Strategy):
             and the cohort's mean metrics, or None if there are none.
         """
         updates, failures = self._collect(server_round, replies)
-        model, optimizer = self.state.params, self.state.optimizer
-        change = self._change(updates, server_round)
-        if change is not None:
-            model, optimizer = apply_change(
-                model,
-                change,
-                trainable=self._trainable,
-                make_optimizer=self.composition.server_optimizer,
-                state=optimizer,
-            )
+        step = self._step(updates, server_round)
         metrics = _mean_metrics(updates)
+        if step is not None:
+            metrics = {**step.metrics, **metrics}
         self.report = RoundReport(
             round=server_round,
             cohort=self._cohort(),
             num_updates=len(updates),
-            applied=change is not None,
+            applied=step is not None,
             failures=failures,
             client_metrics=metrics,
             client_accuracy=_accuracies(updates),
@@ -202,9 +162,11 @@ class FederatedStrategy(Strategy):
             downlink_bytes=len(self._asked) * num_bytes(self.state.params),
             uplink_uncompressed_bytes=sum(u.num_bytes_uncompressed for u in updates),
         )
-        self.state = ServerState(round=server_round, params=model, optimizer=optimizer)
+        self.state = replace(self.state, round=server_round)
+        if step is not None:
+            self.state = replace(self.state, params=step.params, memory=step.memory)
         return (
-            encode_params(model) if change is not None else None,
+            encode_params(step.params) if step is not None else None,
             MetricRecord(dict(metrics)) if metrics else None,
         )
 
@@ -222,7 +184,7 @@ class FederatedStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what the strategy is composed of."""
-        log.info("Strategy %s: %s", self.composition.name, self.composition)
+        log.info("Strategy %s: %s", self.algorithm.name, self.algorithm)
 
     # Beyond it ------------------------------------------------------------------------------------
 
@@ -236,12 +198,9 @@ class FederatedStrategy(Strategy):
         nodes = {self._directory.node_of(client): client for client in clients}
         known = {node: client for node, client in nodes.items() if node is not None}
         timeout = self._selector.round_timeout_s
+        content = instruction(self.current_arrays(), ConfigRecord(), round=self.state.round)
         messages = evaluate_messages(
-            known,
-            encode_params(self.state.params),
-            ConfigRecord(),
-            round=self.state.round,
-            ttl=timeout or NO_LIMIT_S,
+            dict.fromkeys(known, content), round=self.state.round, ttl=timeout or NO_LIMIT_S
         )
         evaluations = {}
         for reply in grid.send_and_receive(messages, timeout=timeout):
@@ -276,17 +235,24 @@ class FederatedStrategy(Strategy):
         """Return the global model as Flower arrays."""
         return encode_params(self.state.params)
 
-    def _change(self, updates: Sequence[ClientUpdate], round: int) -> Params | None:
-        """Return the combined change, or None if there are too few updates for one."""
+    def _step(self, updates: Sequence[ClientUpdate], round: int) -> Step | None:
+        """Return the server's step, or None if there are too few updates for one."""
         if len(updates) < self._selector.min_replies:
             why = f"{len(updates)} of at least {self._selector.min_replies} updates came back"
         else:
             try:
-                return self.composition.aggregation(updates)
+                with self._randomness(round):
+                    return self.algorithm.step(
+                        self.state, updates, round=round, trainable=self._trainable
+                    )
             except TooFewUpdatesError as error:
                 why = str(error).rstrip(".")
         log.warning("Round %d: %s; the model stays as it was.", round, why)
         return None
+
+    def _randomness(self, round: int) -> AbstractContextManager[None]:
+        """Return a block in which an algorithm that draws at random does so from the run's seed."""
+        return seeded_globals(stream_seed(self._seed, Role.ALGORITHM, round=round))
 
     def _cohort(self) -> tuple[ClientId, ...]:
         asked = [*self._asked.values(), *(failure.client for failure in self._offline)]

@@ -7,11 +7,14 @@ it imports none of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +45,7 @@ class Role(StrEnum):
     LAYERS = "layers"
     FAULTS = "faults"
     FAIRNESS = "fairness"
+    ALGORITHM = "algorithm"
 
 
 def stream_seed(seed: int, role: Role, *, round: int = 0, client: ClientId = "") -> int:
@@ -58,6 +62,24 @@ def stream_seed(seed: int, role: Role, *, round: int = 0, client: ClientId = "")
 def stream(seed: int, role: Role, *, round: int = 0, client: ClientId = "") -> torch.Generator:
     """Return a fresh CPU generator at the start of the stream ``(seed, role, round, client)``."""
     return torch.Generator().manual_seed(stream_seed(seed, role, round=round, client=client))
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Generator[None, None, None]:
+    """Set Python's, NumPy's and torch's global CPU generators for the block, and put them back.
+
+    For code that draws from them and is not ours, such as Flower's strategies.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def client_order(client: ClientId) -> tuple[int, str]:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fl_app import codec
-from fl_app.codec import MalformedReplyError, decode_params, encode_params
+from fl_app.arrays import MalformedReplyError, decode_params, encode_params
 from fl_app.engines.local import adopt_identity
 from fl_app.training import ClientTimeoutError
 from fl_app.types import ClientDescription, ClientUpdate, Evaluation, FailureKind

@@ -127,7 +127,7 @@ def test_a_config_dir_adds_choices_of_ones_own(tmp_path: Path) -> None:
         "defaults: [fedavg, _self_]\nname: mine\nserver_optimizer: {lr: 0.5}\n"
     )
     config = compose_config(["strategy=mine"], [tmp_path])
-    assert build(to_json(config)).composition.name == "mine"
+    assert build(to_json(config)).algorithm.name == "mine"
 
 
 def test_a_resumed_run_takes_only_keys_that_leave_the_past_alone(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ LAYERS = [
     ["tasks", "privacy", "selection", "aggregation", "server_optimizer", "objective", "stopping"],
     ["robust_aggregation"],
     ["local_optimizer"],
-    ["client_state", "checkpoint", "validation", "training", "codec", "tracking"],
-    ["client", "directory"],
+    ["client_state", "checkpoint", "validation", "training", "arrays", "tracking"],
+    ["codec"],
+    ["client", "directory", "algorithm"],
+    ["flower_strategy"],
     ["strategy"],
     ["rounds"],
     ["schema", "config"],
@@ -34,8 +36,8 @@ LAYERS = [
 HOMES = {
     "hydra": {"config", "cli", "run_config", "schema"},
     "omegaconf": {"config", "cli", "run_config", "schema"},
-    "flwr": {"codec", "directory", "strategy", "rounds", "federation", "client_app", "server_app"}
-    | {"engines"},
+    "flwr": {"arrays", "codec", "directory", "algorithm", "flower_strategy", "strategy", "rounds"}
+    | {"federation", "client_app", "server_app", "engines"},
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy"},
     "wandb": {"tracking"},

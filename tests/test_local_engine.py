@@ -284,7 +284,7 @@ def test_flowers_own_loop_drives_our_pair_to_the_same_model(tmp_path: Path) -> N
     engine = LocalEngine()
     with engine.grid(components.data.clients, {"config-json": to_json(config)}) as grid:
         strategy = FederatedStrategy(
-            composition=components.composition,
+            algorithm=components.algorithm,
             selector=components.selector,
             checks=components.checks,
             directory=grid.directory,

@@ -518,7 +518,7 @@ def test_a_value_out_of_range_is_refused_by_key_and_value(make, words) -> None:
 def test_clipping_wraps_any_rule_on_the_command_line(rule) -> None:
     clipped = f"{{_target_: fl_app.robust_aggregation.ClippedNorm, max_norm: 2, rule: {{{rule}}}}}"
     config = compose_config(["~strategy.aggregation", f"+strategy.aggregation={clipped}"])
-    built = build(to_json(config)).composition.aggregation
+    built = build(to_json(config)).algorithm.aggregation
     assert isinstance(built, ClippedNorm)
     assert built.max_norm == 2.0
 
@@ -536,7 +536,7 @@ def test_clipping_wraps_a_rule_in_a_yaml_of_ones_own_as_the_head_of_median_yaml_
     (tmp_path / "strategy" / "mine.yaml").write_text(text)
     config = compose_config(["strategy=mine"], [tmp_path])
     expected = ClippedNorm(rule=Krum(num_malicious=1), max_norm=1.0)
-    assert build(to_json(config)).composition.aggregation == expected
+    assert build(to_json(config)).algorithm.aggregation == expected
 
 
 # Attacks ------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
+from fl_app.algorithm import Composition
 from fl_app.server_optimizer import OptimizerFactory, Yogi, apply_change
-from fl_app.strategy import Composition
 from fl_app.types import ClientUpdate, ConfigError, Params
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from fl_app import codec
 from fl_app.aggregation import WeightedMean
+from fl_app.algorithm import Composition, ServerState
 from fl_app.directory import QueryDirectory
 from fl_app.engines.local import LocalDirectory, adopt_identity
 from fl_app.objective import OwnLoss
 from fl_app.selection import RoundRobin, Selector
 from fl_app.server_optimizer import OptimizerFactory
 from fl_app.storage import read_tree, write_tree
-from fl_app.strategy import Composition, FederatedStrategy, ServerState
+from fl_app.strategy import FederatedStrategy
 from fl_app.tasks.federated import ClientRange
 from fl_app.types import (
     ClientDescription,
@@ -56,7 +57,7 @@ def strategy(
     **checks: Any,
 ) -> FederatedStrategy:
     return FederatedStrategy(
-        composition=Composition(
+        algorithm=Composition(
             aggregation=WeightedMean(),
             server_optimizer=server_optimizer,
             objective=OwnLoss(),
@@ -278,7 +279,7 @@ def test_with_too_few_good_replies_the_model_stays_as_it_was(num_good) -> None:
     assert played.last_report().applied is applied
     assert (arrays is not None) is applied
     assert equal(played.state.params, before.params) is not applied
-    assert (played.state.optimizer is not None) is applied
+    assert (played.state.memory is not None) is applied
     assert played.state.round == 1
     assert played.last_report().num_updates == num_good
 

@@ -1,0 +1,164 @@
+"""What a federated algorithm is: what clients minimise, and the step the server takes.
+
+`Composition` puts one together from an aggregation rule, a server optimizer and a local objective;
+`fl_app.flower_strategy` makes one of any strategy of Flower's. `fl_app.strategy` plays its rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fl_app.aggregation import Aggregation
+from fl_app.codec import instruction
+from fl_app.objective import LocalObjective
+from fl_app.server_optimizer import OptimizerFactory, apply_change
+from fl_app.types import ClientId, ClientUpdate, Params
+
+Memory: TypeAlias = Mapping[str, Any]
+"""What an algorithm remembers between rounds, as a tree (`fl_app.storage`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerState:
+    """The server's side of a run between two rounds.
+
+    Attributes:
+        round: Rounds done.
+        params: Global model.
+        memory: What the algorithm remembers, such as an optimizer's moments; None before its
+            first step.
+    """
+
+    round: int
+    params: Params
+    memory: Memory | None = None
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"round": self.round, "params": dict(self.params), "memory": self.memory}
+
+    @staticmethod
+    def from_tree(tree: Mapping[str, Any]) -> ServerState:
+        """Return what `to_tree` kept."""
+        return ServerState(round=tree["round"], params=tree["params"], memory=tree["memory"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What one step of the server comes to.
+
+    Attributes:
+        params: Global model after it.
+        memory: What the algorithm remembers after it.
+        metrics: Figures of the cohort that the algorithm itself has computed, if any.
+    """
+
+    params: Params
+    memory: Memory | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Algorithm(Protocol):
+    """A federated algorithm: what ``strategy=NAME`` names."""
+
+    @property
+    def name(self) -> str:
+        """For the records; no effect."""
+        ...
+
+    @property
+    def objective(self) -> LocalObjective:
+        """What clients minimise besides their own loss."""
+        ...
+
+    def instruct(
+        self,
+        state: ServerState,
+        clients: Sequence[ClientId],
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        *,
+        round: int,
+    ) -> Mapping[ClientId, RecordDict]:
+        """Return what to send to each of these clients; one that is left out is not asked.
+
+        Args:
+            state: The server's, before the round.
+            clients: The cohort, in the order in which their replies are preferred.
+            arrays: The global model.
+            config: What our clients must be told; to be passed on.
+            round: Its number, from 1.
+        """
+        ...
+
+    def step(
+        self,
+        state: ServerState,
+        updates: Sequence[ClientUpdate],
+        *,
+        round: int,
+        trainable: frozenset[str],
+    ) -> Step:
+        """Return the step that a round's updates call for; the state given stays as it is.
+
+        Args:
+            state: The server's, before the round.
+            updates: At least one, validated, in canonical client order.
+            round: Its number, from 1.
+            trainable: Names in the model that gradients change; the rest are buffers.
+
+        Raises:
+            TooFewUpdatesError: The algorithm needs more; the round keeps the old model.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """An aggregation rule, a server optimizer and a local objective.
+
+    Attributes:
+        aggregation: Combines the updates of a cohort.
+        server_optimizer: Steps the global model along the combined change.
+        objective: What clients minimise besides their own loss.
+        name: For the records; no effect.
+    """
+
+    aggregation: Aggregation
+    server_optimizer: OptimizerFactory
+    objective: LocalObjective
+    name: str
+
+    def instruct(
+        self,
+        state: ServerState,
+        clients: Sequence[ClientId],
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        *,
+        round: int,
+    ) -> Mapping[ClientId, RecordDict]:
+        """Return the same for each client: the model and the configuration."""
+        return dict.fromkeys(clients, instruction(arrays, config, round=round))
+
+    def step(
+        self,
+        state: ServerState,
+        updates: Sequence[ClientUpdate],
+        *,
+        round: int,
+        trainable: frozenset[str],
+    ) -> Step:
+        """Combine the updates, and step the global model along what comes of it."""
+        params, memory = apply_change(
+            state.params,
+            self.aggregation(updates),
+            trainable=trainable,
+            make_optimizer=self.server_optimizer,
+            state=state.memory,
+        )
+        return Step(params=params, memory=memory)
