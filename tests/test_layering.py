@@ -40,6 +40,8 @@ HOMES = {
     | {"federation", "client_app", "server_app", "engines"},
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy"},
+    "dp_accounting": {"privacy"},
+    "randomgen": {"privacy"},
     "wandb": {"tracking"},
     "ray": {"engines"},
 }
