@@ -7,12 +7,10 @@ loaded before torch is, and neither for ``--help``.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +28,10 @@ cli = typer.Typer(
     help="Federated learning on Flower: one app for simulation and deployment.",
 )
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-_JSON = Annotated[bool, typer.Option("--json", help="Print the summary alone, as JSON.")]
+_JSON = Annotated[
+    bool,
+    typer.Option("--json", help="Print the summary alone, as JSON; in a sweep a line for each."),
+]
 
 
 @cli.command(context_settings=_PASS_ON)
@@ -138,66 +139,32 @@ def _raised_by(package: str, error: Exception) -> bool:
 
 
 def _run_with_hydra(arguments: Sequence[str], *, as_json: bool) -> None:
-    """Have Hydra compose the configuration, of one run or of each in a sweep, and play it.
-
-    A member of a sweep that fails is reported at once, and again by the error at the end; the
-    others go on.
-    """
-    import hydra
+    """Have Hydra compose the configuration, of one run or of each in a sweep, and play it."""
     from hydra.core.hydra_config import HydraConfig
 
-    from fl_app.errors import ConfigError, FlAppError, InterruptedRunError
-    from fl_app.run_config import CONFIG_NAME, conf_dir, register
+    from fl_app.errors import FlAppError
+    from fl_app.launch import call_with_hydra, composed_run, objective_of
 
     rest = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    sweep = len(rest) < len(arguments)
+    if len(rest) < len(arguments) or "hydra.mode=MULTIRUN" in rest:
+        from fl_app.sweep import run_sweep
+
+        run_sweep(rest, as_json=as_json, launched_at=LAUNCHED_AT)
+        return
     failed: list[FlAppError] = []
-    interrupted: list[InterruptedRunError] = []
-    played: list[tuple[str, dict[str, Any]]] = []
 
-    def job(composed: DictConfig) -> None:
-        from fl_app.config import to_plain
-
+    def job(composed: DictConfig) -> float | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        if interrupted:  # Hydra goes on to the next member whatever one raises
-            with suppress(OSError):
-                folder.rmdir()
-            return
-        overrides = " ".join(HydraConfig.get().overrides.task)
-        if sweep:
-            typer.echo(f"Run {folder.name}: {overrides}", err=True)
         try:
-            config = {**to_plain(composed), "run_dir": str(folder)}
-            if config["resume"]:
-                raise ConfigError(
-                    f"resume={config['resume']} goes on with a run only as an argument of its own: "
-                    f"fl-app run resume={config['resume']}"
-                )
-            launched_at = time.time() if played or failed else LAUNCHED_AT
-            summary = _play(config, as_json=as_json, launched_at=launched_at)
-            played.append((overrides, summary))
-        except InterruptedRunError as error:
-            interrupted.append(error)
+            config = composed_run(composed, folder)
+            return objective_of(_play(config, as_json=as_json, launched_at=LAUNCHED_AT))
         except FlAppError as error:  # Hydra would print a message of its own on top
             failed.append(error)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-            if sweep:
-                _fail(f"run {folder.name}: {error}", 1)
+            return None
 
-    register()
-    # Flags first: Hydra's parser wants all overrides in one piece.
-    sys.argv = ["fl-app run", *(["--multirun"] if sweep else []), *rest]
-    hydra.main(version_base=None, config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
-    if interrupted:
-        raise interrupted[0]
-    if sweep and played and not as_json:
-        from fl_app.tracking.console import print_sweep
-
-        print_sweep(played)
-    if len(failed) > 1:
-        kind = ConfigError if all(isinstance(e, ConfigError) for e in failed) else FlAppError
-        raise kind(f"{len(failed)} runs of the sweep failed; see above.")
+    call_with_hydra(job, rest)
     if failed:
         raise failed[0]
 
@@ -230,20 +197,11 @@ def _composed(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _play(config: dict[str, Any], *, as_json: bool, launched_at: float) -> dict[str, Any]:
-    """Play a run on its engine, print what came of it, and return its summary."""
-    from fl_app.config import make_engine
-    from fl_app.tracking.console import log_handler, print_summary, stderr_console
+    """Play a run, print what came of it, and return its summary."""
+    from fl_app.launch import play
+    from fl_app.tracking.console import print_summary
 
-    if as_json:
-        config["progress"] = "none"
-    logging.basicConfig(
-        level=logging.WARNING if as_json else logging.INFO,
-        handlers=[log_handler(stderr_console())],
-        format="%(message)s",
-        force=True,
-    )
-    run_dir = make_engine(config).run(config, launched_at=launched_at)
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    run_dir, summary = play(config, launched_at=launched_at, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:

@@ -30,12 +30,14 @@ LAYERS = [
     ["client_app", "federation", "plan"],
     ["server_app"],
     ["engines"],
+    ["launch"],
+    ["sweep"],
     ["cli", "__main__"],
 ]
 
 HOMES = {
-    "hydra": {"config", "cli", "run_config", "schema"},
-    "omegaconf": {"config", "cli", "run_config", "schema"},
+    "hydra": {"config", "cli", "launch", "run_config", "schema", "sweep"},
+    "omegaconf": {"config", "cli", "launch", "run_config", "schema", "sweep"},
     "flwr": {"arrays", "codec", "directory", "algorithm", "flower_strategy", "strategy", "rounds"}
     | {"federation", "client_app", "server_app", "engines"},
     "flwr_datasets": {"tasks"},

@@ -19,6 +19,7 @@ from fl_app.tracking.sections import (
     printable,
     sections_of,
 )
+from fl_app.tracking.sweep_file import Member, MemberStatus, common_overrides, figures_of
 from fl_app.types import RoundReport
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 _RECENT_ROUNDS = 20
 _LINES_A_RUN = 10
+_SWEEP_COLUMNS = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "accuracy_min": "worst client",
+    "epsilon": "ε",
+}
 
 
 @cache
@@ -163,13 +170,11 @@ def print_summary(summary: Mapping[str, object], console: Console | None = None)
     (console or Console()).print(table)
 
 
-def print_sweep(
-    played: Sequence[tuple[str, Mapping[str, object]]], console: Console | None = None
-) -> None:
-    """Print one line for each run of a sweep: what was chosen, and what came of it.
+def print_sweep(members: Sequence[Member], console: Console | None = None) -> None:
+    """Print one line for each member of a sweep: what was chosen, and what came of it.
 
     Args:
-        played: (overrides, summary) of each run, in the order in which they were played.
+        members: At least one, in the order of their numbers.
         console: Where to; by default stdout.
     """
     from rich import box
@@ -177,32 +182,32 @@ def print_sweep(
     from rich.table import Table
     from rich.text import Text
 
-    chosen = [overrides.split() for overrides, _ in played]
-    common = set(chosen[0]).intersection(*chosen[1:])
-    title = " ".join(word for word in chosen[0] if word in common)
+    common = common_overrides(members)
+    title = " ".join(f"{key}={value}" for key, value in common.items())
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("", justify="right")
     table.add_column("run", overflow="fold")
-    for name in ("accuracy", "loss", "worst client", "rounds", "seconds"):
-        table.add_column(name, justify="right")
-    for words, (_, summary) in zip(chosen, played, strict=True):
-        metrics, fairness = group(summary, "metrics"), group(summary, "fairness")
-        seconds = number(group(summary, "time_s"), "per_round")
-        rounds = number(summary, "rounds")
+    figures = [figures_of(member) for member in members]
+    shown = {
+        label: name
+        for name, label in _SWEEP_COLUMNS.items()
+        if name in ("accuracy", "loss") or any(name in each for each in figures)
+    }
+    for label in (*shown, "rounds", "seconds"):
+        table.add_column(label, justify="right")
+    for member, each in zip(members, figures, strict=True):
+        chosen = {key: value for key, value in member.overrides.items() if key not in common}
+        words = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
+        if member.status is not MemberStatus.OK:
+            words += f" [{member.status}]"
+        done = member.status is MemberStatus.OK
+        cells = [human_number(each.get(name)) for name in shown.values()]
+        cells.append(human_number(number(member.summary, "rounds")))
+        cells.append(human_seconds(number(group(member.summary, "time_s"), "total")))
         table.add_row(
-            Text(" ".join(_short(word) for word in words if word not in common)),
-            human_number(number(metrics, "accuracy")),
-            human_number(number(metrics, "loss")),
-            human_number(number(fairness, "accuracy_min")),
-            human_number(rounds),
-            human_seconds(None if seconds is None or rounds is None else seconds * rounds),
+            str(member.number), Text(words.strip()), *(cells if done else ["" for _ in cells])
         )
     (console or Console()).print(table)
-
-
-def _short(override: str) -> str:
-    """Return an override with the last part of its key alone: "a.b.lr=1" gives "lr=1"."""
-    key, equals, value = override.partition("=")
-    return key.rpartition(".")[2] + equals + value
 
 
 def _new_bar(console: Console) -> Progress:
