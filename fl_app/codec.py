@@ -49,7 +49,7 @@ _ARRAYS, _CONFIG, _METRICS, _CLIENT = "arrays", "config", "metrics", "client"
 _ROUND, _NUM_EXAMPLES, _TEST_NUM_EXAMPLES = "server-round", "num-examples", "test-num-examples"
 _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
-_MOST_METRICS, _LONGEST_NAME = 64, 64
+_MOST_METRICS, _LONGEST_NAME, _MOST_LABELS = 64, 64, 10_000
 _RUN = "run"
 _R = TypeVar("_R", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -162,12 +162,19 @@ def decode_description(reply: Message) -> ClientDescription:
     client, num_examples = told.get(_CLIENT_ID), told.get(_NUM_EXAMPLES)
     if not isinstance(client, str) or not client or not isinstance(num_examples, int):
         raise MalformedReplyError(f"client-id={client!r:.40}, num-examples={num_examples!r:.40}")
-    counts = told.get(_LABEL_COUNTS)
     return ClientDescription(
         client=client,
         num_examples=num_examples,
-        label_counts=tuple(cast(list[int], counts)) if isinstance(counts, list) else None,
+        label_counts=_decode_label_counts(told.get(_LABEL_COUNTS)),
     )
+
+
+def _decode_label_counts(counts: object) -> tuple[int, ...] | None:
+    """Return the counts, or None if there are none, or what was sent cannot be counts."""
+    if not isinstance(counts, list) or len(counts) > _MOST_LABELS:
+        return None
+    told = tuple(count for count in counts if isinstance(count, int) and count >= 0)
+    return told if len(told) == len(counts) else None
 
 
 def _record(reply: Message, key: str, kind: type[_R]) -> _R:

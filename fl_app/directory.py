@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from flwr.serverapp import Grid
 
 from fl_app.arrays import MalformedReplyError
 from fl_app.codec import decode_description, failure_of, query_messages
-from fl_app.types import ClientId, client_order
+from fl_app.types import ClientDescription, ClientId, client_order
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ class QueryDirectory:
         timeout_s: Seconds a node has to answer.
         retry_s: Seconds after which a node that did not is asked again: asked in every round, one
             silent node would make each of them wait.
+
+    Attributes:
+        descriptions: What each client told when it was first seen.
     """
 
     def __init__(self, grid: Grid, *, timeout_s: float = 60.0, retry_s: float = 300.0) -> None:
@@ -63,6 +66,7 @@ class QueryDirectory:
         self._names: dict[int, ClientId] = {}
         self._clients: list[ClientId] = []
         self._nodes: dict[ClientId, int] = {}
+        self.descriptions: dict[ClientId, ClientDescription] = {}
 
     def clients(self) -> Sequence[ClientId]:
         """Return all client ids known so far, after asking the nodes that are new."""
@@ -85,26 +89,53 @@ class QueryDirectory:
         if not unknown:
             return
         silent = set(unknown)
-        messages = query_messages(unknown, ttl=self._timeout_s)
-        for reply in self._grid.send_and_receive(messages, timeout=self._timeout_s):
-            node = reply.metadata.src_node_id
+        for node, told in ask(self._grid, unknown, timeout_s=self._timeout_s):
             silent.discard(node)
-            failure = failure_of(reply)
-            if failure:
-                log.warning("Node %d does not say who it is: %s", node, failure[1])
-                continue
-            try:
-                self._add(node, decode_description(reply).client)
-            except MalformedReplyError as error:
-                log.warning("Node %d does not say who it is: %s", node, error)
+            if told is not None:
+                self._add(node, told)
         self._not_before = dict.fromkeys(silent, now + self._retry_s) | {
             node: after for node, after in self._not_before.items() if after > now
         }
 
-    def _add(self, node: int, client: ClientId) -> None:
+    def _add(self, node: int, told: ClientDescription) -> None:
+        client = told.client
         if client in self._nodes:
             log.warning("Node %d says it is client %s, which is connected already.", node, client)
             return
         self._names[node] = client
         self._nodes[client] = node
+        self.descriptions[client] = told
         self._clients = sorted({*self._clients, client}, key=client_order)
+
+
+def ask(
+    grid: Grid, nodes: Sequence[int], *, timeout_s: float
+) -> Iterator[tuple[int, ClientDescription | None]]:
+    """Yield each node that answers, with what it tells about itself; None if it makes no sense."""
+    messages = query_messages(nodes, ttl=timeout_s)
+    for reply in grid.send_and_receive(messages, timeout=timeout_s):
+        node = reply.metadata.src_node_id
+        failure = failure_of(reply)
+        told = None
+        try:
+            told = None if failure else decode_description(reply)
+            reason: object = failure and failure[1]
+        except MalformedReplyError as error:
+            reason = error
+        if told is None:
+            log.warning("Node %d does not say who it is: %s", node, reason)
+        yield node, told
+
+
+def describe(
+    grid: Grid, directory: Directory, clients: Sequence[ClientId], *, timeout_s: float
+) -> list[ClientDescription]:
+    """Return what clients tell about themselves, without those that do not answer.
+
+    A `QueryDirectory` has asked already; its nodes are not asked again.
+    """
+    if isinstance(directory, QueryDirectory):
+        return [directory.descriptions[c] for c in clients if c in directory.descriptions]
+    nodes = {node: c for c in clients if (node := directory.node_of(c)) is not None}
+    told = {node: told for node, told in ask(grid, list(nodes), timeout_s=timeout_s) if told}
+    return [told[node] for node in nodes if node in told]

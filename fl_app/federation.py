@@ -25,7 +25,7 @@ from flwr.superlink.grid import InMemoryGrid
 from fl_app.algorithm import ServerState
 from fl_app.checkpoint import Checkpoints
 from fl_app.config import Components, build, check_stopping, make_tracker, to_json, to_yaml
-from fl_app.directory import Directory, KnowsClients, QueryDirectory
+from fl_app.directory import Directory, KnowsClients, QueryDirectory, describe
 from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
 from fl_app.rounds import Run, resume_from_checkpoint, run_rounds, writing_to
@@ -33,6 +33,7 @@ from fl_app.run_config import file_name, local_path
 from fl_app.strategy import FederatedStrategy
 from fl_app.tracking.base import Tracker, Trackers
 from fl_app.tracking.console import ConsoleProgress
+from fl_app.tracking.partition_plot import Partition, has_partition, write_partition
 from fl_app.tracking.report import write_report
 from fl_app.tracking.rounds_file import RoundsFile, iter_reports
 from fl_app.tracking.summary import (
@@ -57,6 +58,9 @@ from fl_app.types import (
 )
 
 log = logging.getLogger(__name__)
+
+MOST_DESCRIBED = 100
+"""Clients, at most, whose share of the records is shown."""
 
 
 def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float) -> Path:
@@ -182,6 +186,7 @@ def _set_up(
     saved = {**config, "resume": None, "run_dir": str(run_dir)}
     with writing_to(run_dir):
         write_atomically(run_dir / "config.yaml", to_yaml(saved).encode())
+    _record_partition(grid, directory, config, run_dir)
     if not config["resume"]:
         return run, None
     resumed_from = resume_from_checkpoint(run)
@@ -227,6 +232,20 @@ def _some(clients: Sequence[ClientId], count: int, *, seed: int) -> Sequence[Cli
         return clients
     generator = random.Random(stream_seed(seed, Role.FAIRNESS))
     return [clients[position] for position in sorted(generator.sample(range(len(clients)), count))]
+
+
+def _record_partition(
+    grid: Grid, directory: Directory, config: Mapping[str, Any], run_dir: Path
+) -> None:
+    """Write how records are spread over the clients, or over some of them, once in a run."""
+    most = min(config["fairness_clients"], MOST_DESCRIBED)
+    if not most or has_partition(run_dir):
+        return
+    clients = directory.clients()
+    some = _some(clients, most, seed=config["seed"])
+    told = describe(grid, directory, some, timeout_s=60.0)
+    with writing_to(run_dir):
+        write_partition(Partition(population=len(clients), described=tuple(told)), run_dir)
 
 
 def engine_of(grid: Grid) -> str:

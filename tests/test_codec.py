@@ -285,6 +285,15 @@ def test_a_description_survives_the_way_through_a_message(counts) -> None:
     assert codec.decode_description(carried(codec.description_reply(question, told))) == told
 
 
+@pytest.mark.parametrize("counts", [[-1, 2], [0.5], ["3"], [1] * 10_001], ids=lambda c: f"{c[:2]}")
+def test_label_counts_that_cannot_be_counts_are_left_out(counts) -> None:
+    (question,) = codec.query_messages([3], ttl=5.0)
+    told = ClientDescription(client="a", num_examples=12, label_counts=(1,))
+    reply = codec.description_reply(question, told)
+    reply.content["client"]["label-counts"] = counts
+    assert codec.decode_description(reply) == ClientDescription(client="a", num_examples=12)
+
+
 def test_an_instruction_survives_the_way_through_a_message() -> None:
     received = codec.decode_instruction(carried(instruction(ttl=60.0)))
     assert received.round == 7

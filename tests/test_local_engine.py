@@ -21,7 +21,7 @@ from torch import nn
 from fl_app.client_state import MemoryClientState
 from fl_app.codec import decode_description, query_messages
 from fl_app.config import build, compose_config, to_json
-from fl_app.directory import QueryDirectory
+from fl_app.directory import QueryDirectory, describe
 from fl_app.engines.local import InProcess, LocalDirectory, LocalEngine, LocalGrid, adopt_identity
 from fl_app.federation import initial_model
 from fl_app.params import model_hash
@@ -340,3 +340,9 @@ def test_a_grid_that_does_not_know_its_clients_has_them_asked() -> None:
         directory = QueryDirectory(grid)
         assert list(directory.clients()) == list(components.data.clients)
         assert [directory.node_of(c) for c in directory.clients()] == list(grid.get_node_ids())
+        # Who they are, and what they have, they are asked but once.
+        clients = list(components.data.clients)
+        expected = describe(grid, grid.directory, clients, timeout_s=60.0)
+        assert len(expected) == len(clients)
+        silent = LocalGrid([], InProcess(lambda message, context: message, {}), MemoryClientState())
+        assert describe(silent, directory, clients, timeout_s=60.0) == expected

@@ -1,17 +1,13 @@
-"""The plots of a report as inline SVG, drawn by matplotlib without a display or any randomness."""
+"""The plots of a report: a run round by round, and client by client."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 import statistics
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from fl_app.tracking.drawing import BLUE, GREEN, INK, ORANGE, PURPLE, RED, Chart, draw
 from fl_app.tracking.history import RunHistory
 from fl_app.tracking.sections import human_bytes, human_number, human_seconds, printable
 from fl_app.types import ClientId, FailureKind, client_order
@@ -25,67 +21,12 @@ MOST_BARS = 60
 
 _MOST_STEPS = 100
 
-# Drawn in these colours, which then become CSS variables of the page, so that it can go dark.
-_PALETTE = {
-    "#565e6b": "ink",
-    "#d5d9e0": "rule",
-    "#2a62c9": "blue",
-    "#c2571a": "orange",
-    "#16806a": "green",
-    "#8b4fb3": "purple",
-    "#c03548": "red",
-}
-_INK, _RULE, _BLUE, _ORANGE, _GREEN, _PURPLE, _RED = _PALETTE
 _KIND_COLORS = {
-    FailureKind.OFFLINE: _BLUE,
-    FailureKind.TIMEOUT: _ORANGE,
-    FailureKind.ERROR: _RED,
-    FailureKind.REJECTED: _PURPLE,
+    FailureKind.OFFLINE: BLUE,
+    FailureKind.TIMEOUT: ORANGE,
+    FailureKind.ERROR: RED,
+    FailureKind.REJECTED: PURPLE,
 }
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.xmargin": 0.02,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.7,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chart:
-    """One plot.
-
-    Attributes:
-        title: Its name, also for screen readers.
-        caption: What it shows, in words and with its main figures.
-        legend: (what, CSS colour) of each series; empty if there is one only.
-        svg: Safe markup.
-    """
-
-    title: str
-    caption: str
-    legend: tuple[tuple[str, str], ...]
-    svg: str
 
 
 def charts_of(history: RunHistory) -> Iterator[Chart]:
@@ -101,68 +42,17 @@ def charts_of(history: RunHistory) -> Iterator[Chart]:
             yield chart
 
 
-def _draw(title: str, caption: str, paint: Callable[[Axes], None]) -> Chart:
-    """Return the chart that ``paint`` draws into empty axes."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(5.4, 2.7), layout="constrained")
-        axes = figure.add_subplot()
-        paint(axes)
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-        legend = tuple(_legend(axes))
-    return Chart(
-        title=title,
-        caption=caption,
-        legend=legend if len(legend) > 1 else (),
-        svg=_inline(buffer.getvalue(), title, caption),
-    )
-
-
-def _legend(axes: Axes) -> Iterator[tuple[str, str]]:
-    """Yield (label, CSS colour) of each series; the page sets them, and so they wrap."""
-    from matplotlib.colors import to_hex
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-        if isinstance(handle, Line2D):
-            color = to_hex(handle.get_color())
-        elif isinstance(handle, Patch):
-            color = to_hex(handle.get_facecolor())
-        else:
-            continue
-        yield label, f"var(--{_PALETTE[color]}, {color})"
-
-
-def _inline(document: str, title: str, description: str) -> str:
-    """Return the ``<svg>`` of a document: themed, named for screen readers, free of shared ids."""
-    svg = document[document.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
-    for color, name in _PALETTE.items():
-        svg = svg.replace(color, f"var(--{name}, {color})")
-    name = html.escape(title)
-    head = f"<title>{name}</title><desc>{html.escape(description)}</desc>"
-    svg = svg.replace(">", f">{head}", 1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
-
-
 def _accuracy(history: RunHistory) -> Chart | None:
     before = [number - 1 for number in history.rounds]
     if not _any_finite(history.accuracy) and not _any_finite(history.client_accuracy):
         return None
 
     def paint(axes: Axes) -> None:
-        _line(axes, history.rounds, history.accuracy, _BLUE, "global model, held-out records")
-        _line(axes, before, history.client_accuracy, _ORANGE, "mean of the clients' own parts")
+        _line(axes, history.rounds, history.accuracy, BLUE, "global model, held-out records")
+        _line(axes, before, history.client_accuracy, ORANGE, "mean of the clients' own parts")
         if _any_finite(history.client_accuracy_low):
             low, high = history.client_accuracy_low, history.client_accuracy_high
-            axes.fill_between(before, low, high, color=_ORANGE, alpha=0.15, linewidth=0)
+            axes.fill_between(before, low, high, color=ORANGE, alpha=0.15, linewidth=0)
         _finish(axes, "rounds trained")
 
     measured = history.accuracy if _any_finite(history.accuracy) else history.client_accuracy
@@ -172,7 +62,7 @@ def _accuracy(history: RunHistory) -> Chart | None:
         "the model it receives, so its curve starts one round earlier. "
         f"Last: {human_number(_last(measured))}."
     )
-    return _draw("Accuracy", caption, paint)
+    return draw("Accuracy", caption, paint)
 
 
 def _loss(history: RunHistory) -> Chart | None:
@@ -182,9 +72,9 @@ def _loss(history: RunHistory) -> Chart | None:
 
     def paint(axes: Axes) -> None:
         before = [number - 1 for number in history.rounds]
-        _line(axes, history.rounds, history.loss, _BLUE, "global model, held-out records")
-        _line(axes, before, history.test_loss, _ORANGE, "mean of the clients' own parts")
-        _line(axes, history.rounds, history.train_loss, _GREEN, "local training")
+        _line(axes, history.rounds, history.loss, BLUE, "global model, held-out records")
+        _line(axes, before, history.test_loss, ORANGE, "mean of the clients' own parts")
+        _line(axes, history.rounds, history.train_loss, GREEN, "local training")
         _finish(axes, "rounds trained")
 
     last = ", ".join(
@@ -196,7 +86,7 @@ def _loss(history: RunHistory) -> Chart | None:
         "Loss of the global model on held-out records, of the received model on the clients' own "
         f"parts, and during local training. Last: {last}."
     )
-    return _draw("Loss", caption, paint)
+    return draw("Loss", caption, paint)
 
 
 def _clients(history: RunHistory) -> Chart | None:
@@ -206,9 +96,9 @@ def _clients(history: RunHistory) -> Chart | None:
 
     def paint(axes: Axes) -> None:
         if len(values) <= MOST_BARS:
-            _bars(axes, values, _ORANGE, "accuracy")
+            _bars(axes, values, ORANGE, "accuracy")
         else:
-            axes.hist(list(values.values()), bins=30, range=(0, 1), color=_ORANGE)
+            axes.hist(list(values.values()), bins=30, range=(0, 1), color=ORANGE)
             _finish(axes, "accuracy on the client's own held-out part", label="clients")
         if len(values) <= MOST_BARS:
             axes.set_ylim(0, 1)
@@ -220,7 +110,7 @@ def _clients(history: RunHistory) -> Chart | None:
         f"Accuracy of {model} on the own held-out part of {len(values)} clients, {shape}. "
         f"Worst {human_number(min(values.values()))}, best {human_number(max(values.values()))}."
     )
-    return _draw("Accuracy by client", caption, paint)
+    return draw("Accuracy by client", caption, paint)
 
 
 def _epsilon(history: RunHistory) -> Chart | None:
@@ -228,7 +118,7 @@ def _epsilon(history: RunHistory) -> Chart | None:
         return None
 
     def paint(axes: Axes) -> None:
-        _line(axes, history.rounds, history.epsilon, _PURPLE, "ε")
+        _line(axes, history.rounds, history.epsilon, PURPLE, "ε")
         axes.set_ylim(bottom=0)
         _finish(axes, "round")
 
@@ -236,7 +126,7 @@ def _epsilon(history: RunHistory) -> Chart | None:
         "Largest privacy loss ε any client has spent, composed over all rounds so far. "
         f"Last: {human_number(_last(history.epsilon))}."
     )
-    return _draw("Privacy loss", caption, paint)
+    return draw("Privacy loss", caption, paint)
 
 
 def _bytes(history: RunHistory) -> Chart | None:
@@ -246,10 +136,10 @@ def _bytes(history: RunHistory) -> Chart | None:
         return None
 
     def paint(axes: Axes) -> None:
-        _line(axes, history.rounds, up, _BLUE, "clients to server")
-        _line(axes, history.rounds, down, _GREEN, "server to clients", dashes=(4, 2))
+        _line(axes, history.rounds, up, BLUE, "clients to server")
+        _line(axes, history.rounds, down, GREEN, "server to clients", dashes=(4, 2))
         if any(full) and full != up:
-            _line(axes, history.rounds, full, _ORANGE, "to server, uncompressed", dashes=(1, 2))
+            _line(axes, history.rounds, full, ORANGE, "to server, uncompressed", dashes=(1, 2))
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: human_bytes(value))
         _finish(axes, "round")
@@ -258,7 +148,7 @@ def _bytes(history: RunHistory) -> Chart | None:
         f"Model bytes in each round. In total {human_bytes(sum(up))} to the server and "
         f"{human_bytes(sum(down))} to the clients."
     )
-    return _draw("Communication", caption, paint)
+    return draw("Communication", caption, paint)
 
 
 def _failures(history: RunHistory) -> Chart | None:
@@ -285,7 +175,7 @@ def _failures(history: RunHistory) -> Chart | None:
     counts = ", ".join(f"{kind.value} {totals[kind]}" for kind in seen)
     each = "in each round" if width == 1 else f"a round, as means over {width} rounds"
     caption = f"Clients that were asked and brought nothing {each}, by kind. In total: {counts}."
-    return _draw("Failures", caption, paint)
+    return draw("Failures", caption, paint)
 
 
 def _seconds(history: RunHistory) -> Chart | None:
@@ -295,8 +185,8 @@ def _seconds(history: RunHistory) -> Chart | None:
     median = statistics.median(finite)
 
     def paint(axes: Axes) -> None:
-        _line(axes, history.rounds, history.seconds, _GREEN, "seconds")
-        axes.axhline(median, color=_INK, linewidth=0.8, dashes=(3, 3))
+        _line(axes, history.rounds, history.seconds, GREEN, "seconds")
+        axes.axhline(median, color=INK, linewidth=0.8, dashes=(3, 3))
         axes.set_ylim(bottom=0)
         _finish(axes, "round", label="seconds")
 
@@ -304,7 +194,7 @@ def _seconds(history: RunHistory) -> Chart | None:
         f"Wall-clock time of each round; dashed: the median, {human_seconds(median)}. "
         f"Slowest: {human_seconds(finite[-1])}."
     )
-    return _draw("Time", caption, paint)
+    return draw("Time", caption, paint)
 
 
 def _asked(history: RunHistory) -> Chart | None:
@@ -314,12 +204,12 @@ def _asked(history: RunHistory) -> Chart | None:
 
     def paint(axes: Axes) -> None:
         if len(counts) <= MOST_BARS:
-            _bars(axes, counts, _BLUE, "rounds")
+            _bars(axes, counts, BLUE, "rounds")
         else:
             low, high = min(counts.values()), max(counts.values())
             step = max(1, math.ceil((high - low + 1) / 40))
             edges = [value - 0.5 for value in range(low, high + step + 1, step)]
-            axes.hist(list(counts.values()), bins=edges, color=_BLUE)
+            axes.hist(list(counts.values()), bins=edges, color=BLUE)
             _finish(axes, "rounds the client was asked", label="clients")
         _count_in_whole_numbers(axes.yaxis)
 
@@ -327,7 +217,7 @@ def _asked(history: RunHistory) -> Chart | None:
         f"How often each of the {len(counts)} clients that took part was in a round's cohort: "
         f"{min(counts.values())} to {max(counts.values())} times."
     )
-    return _draw("Participation", caption, paint)
+    return draw("Participation", caption, paint)
 
 
 def _line(

@@ -9,6 +9,7 @@ from pathlib import Path
 from fl_app.files import write_atomically
 from fl_app.tracking.figures import charts_of
 from fl_app.tracking.history import RunHistory, history_of
+from fl_app.tracking.partition_plot import partition_chart
 from fl_app.tracking.report_template import PAGE
 from fl_app.tracking.rounds_file import iter_reports
 from fl_app.tracking.sections import (
@@ -29,9 +30,10 @@ _MOST_REASONS_SHOWN = 20
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into ``run_dir`` and return its path.
 
-    Reads ``config.yaml``, ``rounds.jsonl``, ``summary.json`` and ``clients.json`` there; of a run
-    that was cut short some are missing, and the page says so. Rounds are read one at a time. The
-    same files give the same bytes. Clients are not trusted: what they sent is shown as text only.
+    Reads ``config.yaml``, ``partition.json``, ``rounds.jsonl``, ``summary.json`` and
+    ``clients.json`` there; of a run that was cut short some are missing, and the page says so.
+    Rounds are read one at a time. The same files give the same bytes. Clients are not trusted:
+    what they sent is shown as text only.
 
     Raises:
         ConfigError: The folder has no ``rounds.jsonl``, or a file in it is broken.
@@ -57,6 +59,7 @@ def write_report(run_dir: Path) -> Path:
         notes=list(_notes(summary, history)),
         headline=list(_headline(summary)),
         sections=sections_of(summary) if summary else (),
+        partition=partition_chart(run_dir),
         charts=charts_of(history),
         reasons=[
             (kind.value, printable(reason), count)

@@ -6,6 +6,18 @@ A Python file, because Flower's app bundle carries no template files.
 from __future__ import annotations
 
 PAGE = """\
+{%- macro plot(chart) %}
+<figure class="card"><h3>{{ chart.title }}</h3>
+{%- if chart.legend %}
+<ul class="legend">
+{%- for label, color in chart.legend %}
+<li><span style="background: {{ color }}"></span>{{ label }}</li>
+{%- endfor %}
+</ul>
+{%- endif %}
+{{ chart.svg|safe }}
+<figcaption>{{ chart.caption }}</figcaption></figure>
+{%- endmacro -%}
 <!doctype html>
 <html lang="en">
 <head>
@@ -19,11 +31,13 @@ PAGE = """\
   color-scheme: light dark;
   --page: #f7f8fa; --card: #ffffff; --text: #1b1f27; --ink: #565e6b; --rule: #d5d9e0;
   --blue: #2a62c9; --orange: #c2571a; --green: #16806a; --purple: #8b4fb3; --red: #c03548;
+  --sky: #1fa3c4; --olive: #a08a1c; --pink: #d264a4; --brown: #8a5a3c; --indigo: #3d4a9c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #12151b; --card: #1a1e26; --text: #e8eaee; --ink: #a3abb8; --rule: #363c48;
     --blue: #7aa7ff; --orange: #f0995c; --green: #55c4aa; --purple: #c596e8; --red: #f08090;
+    --sky: #5cc8e4; --olive: #cdb950; --pink: #ee95c8; --brown: #c4936f; --indigo: #8b97ea;
   }
 }
 * { box-sizing: border-box; }
@@ -115,21 +129,15 @@ footer { margin-top: 40px; font-size: 13px; color: var(--ink); }
 {%- endfor %}
 </div></section>
 {%- endif %}
+{%- if partition %}
+<section aria-labelledby="partition"><h2 id="partition">Who owns what</h2>
+<div class="plots">{{ plot(partition) }}
+</div></section>
+{%- endif %}
 {%- if charts %}
 <section aria-labelledby="rounds"><h2 id="rounds">Round by round</h2>
 <div class="plots">
-{%- for chart in charts %}
-<figure class="card"><h3>{{ chart.title }}</h3>
-{%- if chart.legend %}
-<ul class="legend">
-{%- for label, color in chart.legend %}
-<li><span style="background: {{ color }}"></span>{{ label }}</li>
-{%- endfor %}
-</ul>
-{%- endif %}
-{{ chart.svg|safe }}
-<figcaption>{{ chart.caption }}</figcaption></figure>
-{%- endfor %}
+{%- for chart in charts %}{{ plot(chart) }}{% endfor %}
 </div></section>
 {%- endif %}
 {%- if reasons %}
@@ -147,7 +155,7 @@ footer { margin-top: 40px; font-size: 13px; color: var(--ink); }
 <details class="card"><summary>The resolved config.yaml</summary>
 <pre><code>{{ config }}</code></pre></details></section>
 {%- endif %}
-<footer>Drawn from config.yaml, rounds.jsonl and summary.json beside this page.</footer>
+<footer>Drawn from the files beside this page.</footer>
 </main>
 </body>
 </html>

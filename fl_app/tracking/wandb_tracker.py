@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from fl_app.tracking.json_files import JSON
+from fl_app.tracking.partition_plot import partition_png, read_partition
 from fl_app.tracking.rounds_file import iter_reports
 from fl_app.types import ConfigError, FailureKind, RoundReport
 
@@ -125,6 +127,8 @@ class WandbTracker:
             )
         else:
             _log.info("W&B shows the run at %s", session.run.url)
+        if not session.restored:
+            _log_partition(session.run, run_dir)
 
     def on_round(self, report: RoundReport) -> None:
         """Record a round that has just ended."""
@@ -204,6 +208,24 @@ class WandbTracker:
         )
         artifact.add_file(str(copy), name=path.name, policy="immutable", skip_cache=True)
         run.log_artifact(artifact)
+
+
+def _log_partition(run: wandb.Run, run_dir: Path) -> None:
+    """Record how records are spread over the clients, whom neither the plot nor the counts name."""
+    import wandb
+
+    partition = read_partition(run_dir)
+    if partition is None or not partition.described:
+        return
+    sizes = [told.num_examples for told in partition.described]
+    with NamedTemporaryFile(suffix=".png") as picture:
+        picture.write(partition_png(partition))
+        picture.flush()
+        figures = {
+            "partition": wandb.Image(picture.name),
+            "partition_num_examples": wandb.Histogram(sizes),
+        }
+        run.log(figures, step=0)  # takes a copy of the picture
 
 
 def _figures(report: RoundReport) -> dict[str, object]:

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import wandb
-from helpers import play, play_config, summary_of
+from helpers import TINY, play, play_config, summary_of
 from wandb.proto import wandb_internal_pb2 as proto
 
+from fl_app.cli import _main
 from fl_app.config import compose_config, make_tracker, resumed_config
+from fl_app.tracking.partition_plot import read_partition
 from fl_app.tracking.rounds_file import read_rounds
 from fl_app.tracking.wandb_tracker import WandbTracker
 from fl_app.types import ConfigError
@@ -53,7 +55,9 @@ class Segment:
         records = list(_records(path.read_bytes()))
         (self.run,) = [r.run for r in records if r.HasField("run")]
         self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
-        self.rows = [_tree(r.history.item) for r in records if r.HasField("history")]
+        rows = [_tree(r.history.item) for r in records if r.HasField("history")]
+        self.partition = [row for row in rows if "partition" in row]
+        self.rows = [row for row in rows if "partition" not in row]
         self.summary: dict[str, Any] = {}
         for record in records:
             if record.HasField("summary"):
@@ -177,6 +181,47 @@ def test_config_rounds_summary_and_model_can_be_read_back(tmp_path: Path) -> Non
     assert content.path == "model.safetensors"
     assert Path(content.local_path).is_relative_to(run_dir / "wandb")
     assert digest(Path(content.local_path)) == digest(run_dir / "model.safetensors")
+
+
+def test_the_partition_is_plotted_once_and_names_no_client(tmp_path: Path) -> None:
+    shares = ("client.share_label_counts=true", "partition=exponential", "partition.num_clients=4")
+    run_dir = play(tmp_path / "run", *OFFLINE, *shares, "rounds=2")
+    play_config(resumed_config(str(run_dir), ["rounds=3"]))
+    first, second = segments(run_dir)
+    (row,) = first.partition
+    assert second.partition == []
+    assert row["_step"] == 0
+    assert row["partition"]["_type"] == "image-file"
+    (picture,) = run_dir.glob(f"wandb/offline-run-*/files/{row['partition']['path']}")
+    assert hashlib.sha256(picture.read_bytes()).hexdigest() == row["partition"]["sha256"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    told = read_partition(run_dir)
+    assert told is not None
+    sizes = [client.num_examples for client in told.described]
+    histogram = row["partition_num_examples"]
+    assert (histogram["bins"][0], histogram["bins"][-1]) == (min(sizes), max(sizes))
+    assert sum(histogram["values"]) == len(sizes) == 4
+
+
+def test_without_a_question_to_the_clients_there_is_no_plot(tmp_path: Path) -> None:
+    run_dir = play(tmp_path / "run", *OFFLINE, "fairness_clients=0", "rounds=1")
+    (segment,) = segments(run_dir)
+    assert segment.partition == []
+    assert not (run_dir / "partition.json").exists()
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_members_of_a_sweep_are_grouped(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv[:])
+    group = [] if given is None else [f"tracking.group={given}"]
+    sweep = ["run", "-m", *TINY, *OFFLINE, "seed=1,2", *group, f"hydra.sweep.dir={tmp_path}/sw"]
+    assert _main(sweep) == 0
+    found = [segments(tmp_path / "sw" / number)[0] for number in ("0", "1")]
+    assert [segment.run.run_group for segment in found] == [given or "sw"] * 2
+    assert found[0].run.run_id != found[1].run.run_id
+    assert [segment.config["seed"] for segment in found] == [1, 2]
 
 
 def digest(path: Path) -> str:
