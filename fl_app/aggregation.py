@@ -6,14 +6,17 @@ A rule is a frozen dataclass with ``__call__(updates) -> Params``, named by ``_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from fl_app.types import ClientUpdate, ConfigError, Params
+from fl_app.params import describe_misfit, l2_norm
+from fl_app.types import ClientUpdate, ConfigError, FlAppError, Params
 
 
 class Aggregation(Protocol):
@@ -29,6 +32,54 @@ class Aggregation(Protocol):
             TooFewUpdatesError: The rule needs more; the round then keeps the old model.
         """
         ...
+
+
+def min_updates(rule: Aggregation) -> int:
+    """Return how many updates a rule says it needs by a ``min_updates`` of its own; else 1.
+
+    It is known before the run, so that a cohort that can never be enough is refused then.
+    """
+    return int(getattr(rule, "min_updates", 1))
+
+
+class BrokenRuleError(FlAppError):
+    """An aggregation rule raised, or returned something that is no change of the model."""
+
+
+def combine(rule: Aggregation, updates: Sequence[ClientUpdate], model: Params) -> Params:
+    """Return what a rule makes of a cohort's updates, once it is known to fit the model.
+
+    Args:
+        rule: Ours, or anybody's.
+        updates: As `Aggregation` promises them.
+        model: The global parameters that the change is for.
+
+    Raises:
+        TooFewUpdatesError: The rule needs more updates.
+        BrokenRuleError: It raised something else, or the change has other names or shapes than
+            the model, or NaN or infinite values: one such step would end the model for good.
+    """
+    name = f"strategy.aggregation={rule!r:.80}"
+    try:
+        change = rule(updates)
+    except FlAppError:
+        raise
+    except Exception as error:
+        raise BrokenRuleError(
+            f"{name} raised {type(error).__name__} ({' '.join(str(error).split())[:200]}) on "
+            f"{len(updates)} updates: mend the rule, or choose another; HYDRA_FULL_ERROR=1 shows "
+            "where it was raised."
+        ) from error
+    way_out = "it must return a finite change for every name of a delta, in its shape: mend it."
+    tensors = isinstance(change, Mapping) and all(isinstance(t, Tensor) for t in change.values())
+    if not tensors:
+        raise BrokenRuleError(f"{name} returned a {type(change).__name__}: {way_out}")
+    misfit = describe_misfit(change, model)
+    if misfit is None and not math.isfinite(l2_norm(change)):
+        misfit = "it holds NaN or infinite values"
+    if misfit:
+        raise BrokenRuleError(f"{name} returned no change of the model ({misfit}): {way_out}")
+    return {name: change[name].to(tensor.dtype) for name, tensor in model.items()}
 
 
 class Weighting(StrEnum):

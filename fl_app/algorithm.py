@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fl_app.aggregation import Aggregation
+from fl_app.aggregation import Aggregation, combine
 from fl_app.codec import instruction
 from fl_app.objective import LocalObjective
 from fl_app.server_optimizer import OptimizerFactory, apply_change
@@ -156,7 +156,7 @@ class Composition:
         """Combine the updates, and step the global model along what comes of it."""
         params, memory = apply_change(
             state.params,
-            self.aggregation(updates),
+            combine(self.aggregation, updates, state.params),
             trainable=trainable,
             make_optimizer=self.server_optimizer,
             state=state.memory,

@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
@@ -26,14 +25,20 @@ from yaml import YAMLError
 from fl_app.algorithm import Algorithm, Composition
 from fl_app.flower_strategy import as_algorithm
 from fl_app.params import read_params
+from fl_app.preflight import (
+    check_aggregation,
+    check_cohort,
+    check_optimizer,
+    check_selector,
+    check_task,
+    naming,
+)
 from fl_app.privacy.plan import NoPrivacy
 from fl_app.run_config import CONFIG_NAME, RunConfig, closest, conf_dir, explain, register
 from fl_app.schema import check
 from fl_app.selection import Selector
-from fl_app.server_optimizer import OptimizerFactory
 from fl_app.stopping import Progress, Stopping
 from fl_app.tasks.base import Task
-from fl_app.tasks.checks import check_model
 from fl_app.training import LocalTraining, evaluate
 from fl_app.types import ConfigError, FederatedData
 from fl_app.validation import UpdateChecks
@@ -212,8 +217,10 @@ def build(config_json: str) -> Components:
     """
     config = json.loads(config_json)
     seed = config["seed"]
-    task = _make(config, "task", "build_model", "losses", "metrics")
-    data = _make(config, "partition", "__call__")(task, seed)
+    task = _make(config, "task", "name", "build_model", "losses", "metrics")
+    partition = _make(config, "partition", "__call__")
+    with naming("task", "give its records"):
+        data = partition(task, seed)
     components = Components(
         task=task,
         data=data,
@@ -234,15 +241,14 @@ def build(config_json: str) -> Components:
             "client.early_stopping_patience needs records to watch: set "
             "partition.validation_fraction > 0, or early_stopping_patience=null."
         )
-    components.selector.wanted(len(data.clients))
-    if components.selector.min_clients > len(data.clients):
-        raise ConfigError(
-            f"selection.min_clients={components.selector.min_clients} exceeds the population of "
-            f"{len(data.clients)} clients: lower it or raise partition.num_clients."
-        )
-    _try_optimizer("client.optimizer", components.training.optimizer)
-    probe = data.held_out or data.examples_of(data.clients[0]).train
-    check_model(task, task.build_model(), probe)
+    check_optimizer("client.optimizer", components.training.optimizer)
+    check_selector(components.selector, data.clients, seed=seed)
+    wanted = components.selector.wanted(len(data.clients))
+    params = read_params(check_task(task, data))
+    if isinstance(components.algorithm, Composition):
+        check_optimizer("strategy.server_optimizer", components.algorithm.server_optimizer)
+        check_cohort(components.algorithm.aggregation, wanted)
+        check_aggregation(components.algorithm.aggregation, params, wanted)
     return components
 
 
@@ -272,18 +278,7 @@ def _make_algorithm(config: Mapping[str, Any]) -> Algorithm:
     _require("strategy.objective", algorithm.objective, "add_gradient")
     if isinstance(algorithm, Composition):
         _require("strategy.aggregation", algorithm.aggregation, "__call__")
-        _try_optimizer("strategy.server_optimizer", algorithm.server_optimizer)
     return algorithm
-
-
-def _try_optimizer(key: str, make: OptimizerFactory) -> None:
-    """Make an optimizer once, so that a bad value is told now and not by every client."""
-    try:
-        make([torch.nn.Parameter(torch.zeros(1))])
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{key} refuses its values: {error}") from error
 
 
 def make_engine(config: Mapping[str, Any]) -> Any:

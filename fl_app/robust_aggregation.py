@@ -20,7 +20,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fl_app.aggregation import Aggregation
+from fl_app.aggregation import Aggregation, min_updates
 from fl_app.params import l2_norm
 from fl_app.types import ClientUpdate, ConfigError, Params, TooFewUpdatesError
 
@@ -60,19 +60,27 @@ class TrimmedMean:
                 "at 0.5 no client is left to average; strategy=median goes that far."
             )
 
+    @property
+    def min_updates(self) -> int:
+        """Fewest updates of which the fraction cuts one."""
+        return math.ceil(1 / self._share) if self._share else 1
+
+    @property
+    def _share(self) -> Fraction:
+        # The number as it is written: in binary, 0.29 * 100 is less than 29.
+        return Fraction(str(self.trim_fraction))
+
     def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
         """Return the mean of what is left of each coordinate.
 
         Raises:
             TooFewUpdatesError: The fraction is above 0, yet of so few updates it cuts none.
         """
-        # The number as it is written: in binary, 0.29 * 100 is less than 29.
-        share = Fraction(str(self.trim_fraction))
-        cut = int(share * len(updates))
-        if share and not cut:
+        cut = int(self._share * len(updates))
+        if len(updates) < self.min_updates:
             raise TooFewUpdatesError(
                 f"strategy.aggregation.trim_fraction={self.trim_fraction} cuts nobody from "
-                f"{_count(updates)}, which leaves the plain mean; it needs {math.ceil(1 / share)}: "
+                f"{_count(updates)}, which leaves the plain mean; it needs {self.min_updates}: "
                 "let more clients take part, or raise it; 0 asks for the mean."
             )
         return _per_tensor(updates, lambda stacked: _trimmed_mean(stacked, cut))
@@ -96,13 +104,18 @@ class Krum:
     def __post_init__(self) -> None:
         _check_count("num_malicious", self.num_malicious, at_least=0)
 
+    @property
+    def min_updates(self) -> int:
+        """2f + 3."""
+        return 2 * self.num_malicious + 3
+
     def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
         """Return the chosen update.
 
         Raises:
             TooFewUpdatesError: n < 2f + 3.
         """
-        _require(updates, 2 * self.num_malicious + 3, f"num_malicious={self.num_malicious}")
+        _require(updates, self.min_updates, f"num_malicious={self.num_malicious}")
         chosen = _ranking(_squared_distances(updates), self.num_malicious)[0]
         return dict(updates[chosen].delta)
 
@@ -126,6 +139,12 @@ class MultiKrum:
         _check_count("num_malicious", self.num_malicious, at_least=0)
         _check_count("num_selected", self.num_selected, at_least=1)
 
+    @property
+    def min_updates(self) -> int:
+        """2f + 3, and as many as m of the n - f honest ones need."""
+        f, m = self.num_malicious, self.num_selected
+        return max(2 * f + 3, m + f)
+
     def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
         """Return the mean of the chosen updates.
 
@@ -133,7 +152,7 @@ class MultiKrum:
             TooFewUpdatesError: n < 2f + 3 or n < m + f.
         """
         f, m = self.num_malicious, self.num_selected
-        _require(updates, max(2 * f + 3, m + f), f"num_malicious={f} with num_selected={m}")
+        _require(updates, self.min_updates, f"num_malicious={f} with num_selected={m}")
         chosen = sorted(_ranking(_squared_distances(updates), f)[:m])
         return _per_tensor([updates[i] for i in chosen], lambda stacked: _trimmed_mean(stacked, 0))
 
@@ -158,13 +177,18 @@ class Bulyan:
     def __post_init__(self) -> None:
         _check_count("num_malicious", self.num_malicious, at_least=0)
 
+    @property
+    def min_updates(self) -> int:
+        """4f + 3."""
+        return 4 * self.num_malicious + 3
+
     def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
         """Return the mean of the central values of each coordinate.
 
         Raises:
             TooFewUpdatesError: n < 4f + 3.
         """
-        _require(updates, 4 * self.num_malicious + 3, f"num_malicious={self.num_malicious}")
+        _require(updates, self.min_updates, f"num_malicious={self.num_malicious}")
         theta = len(updates) - 2 * self.num_malicious
         beta = theta - 2 * self.num_malicious
         distances = _squared_distances(updates)
@@ -243,6 +267,11 @@ class ClippedNorm:
                 f"strategy.aggregation.max_norm={self.max_norm} must be > 0: at 0 no client has "
                 "any say; .inf clips nothing."
             )
+
+    @property
+    def min_updates(self) -> int:
+        """As many as the rule inside needs."""
+        return min_updates(self.rule)
 
     def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
         """Return what the rule makes of the clipped updates."""

@@ -30,7 +30,10 @@ GROUPS = sorted(
 # generated one needs a task that generates; both are built in tests of their own.
 NEEDS_COMPANY = {"partition/natural", "partition/generated"}
 
-SMALLER = {"partition/exponential": ["partition.num_clients=4"]}
+SMALLER = {
+    "partition/exponential": ["partition.num_clients=4"],
+    "strategy/bulyan": ["selection.fraction=1"],
+}
 
 
 @pytest.mark.parametrize("choice", [g for g in GROUPS if g not in NEEDS_COMPANY])
@@ -89,6 +92,10 @@ def test_config_json_wins_over_overrides() -> None:
         ("task._target_=nowhere.Task", ["task._target_=nowhere.Task", "cannot be imported"]),
         ("engine.workers=0", ["engine.workers=0", ">= 1"]),
         ("engine.vectorize=true", ["engine.vectorize=True", "not available"]),
+        (
+            "strategy=bulyan",
+            ["Bulyan(num_malicious=1) needs 7", "gives it 5", "selection.fraction"],
+        ),
         ("progress=loud", ["progress=loud"]),
         ("strategy.aggregation=null", ["strategy.aggregation"]),
         ("strategy.objective=null", ["strategy.objective"]),

@@ -25,7 +25,7 @@ LAYERS = [
     ["client", "directory", "algorithm"],
     ["flower_strategy"],
     ["strategy"],
-    ["rounds"],
+    ["rounds", "preflight"],
     ["schema", "config"],
     ["client_app", "federation", "plan"],
     ["server_app"],

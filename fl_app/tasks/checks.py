@@ -37,9 +37,11 @@ def check_model(task: Task, model: nn.Module, examples: Examples) -> None:
             losses = _try_loss(task, outputs, targets)
     finally:
         model.train(was_training)
-    if losses.shape != targets.shape:
+    if not isinstance(losses, Tensor) or losses.shape != targets.shape:
+        shape = getattr(losses, "shape", None)
+        given = f"a {type(losses).__name__}" if shape is None else f"losses of shape {tuple(shape)}"
         raise ConfigError(
-            f"task={task.name} gives losses of shape {tuple(losses.shape)} for {len(targets)} "
+            f"task={task.name} gives {given} for {len(targets)} "
             'records: losses() must return one number per record, as with reduction="none".'
         )
 
@@ -83,11 +85,16 @@ def check_examples(task: Task, examples: Examples) -> None:
 def _try_model(model: nn.Module, inputs: Tensor) -> Tensor:
     try:
         outputs: Tensor = model(inputs)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:  # a model of anybody's
         raise ConfigError(
-            f"task.model cannot take inputs of shape (n, {_shape(inputs)}): {error} Choose a "
-            "task/model that fits the records."
+            f"task.model cannot take inputs of shape (n, {_shape(inputs)}): {_said(error)}. Choose "
+            "a task/model that fits the records, or mend its forward()."
         ) from error
+    if not isinstance(outputs, Tensor):
+        raise ConfigError(
+            f"task.model gives a {type(outputs).__name__}: its forward() must return one tensor, "
+            "with a row for every record."
+        )
     return outputs
 
 
@@ -107,12 +114,22 @@ def _check_outputs(task: Task, outputs: Tensor, targets: Tensor) -> None:
 def _try_loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
     try:
         return task.losses(outputs, targets)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a loss of anybody's
         raise ConfigError(
             f"the loss of task={task.name} cannot compare outputs of shape (n, "
-            f"{_shape(outputs)}) with targets of type {targets.dtype}: {error} Mend losses(), or "
-            "the targets, in the task."
+            f"{_shape(outputs)}) with targets of type {targets.dtype}: {_said(error)}. Mend "
+            "losses(), or the targets, in the task."
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """Return an error as one line, with its kind where that says more than its text."""
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    return (
+        text if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {text}"
+    )
 
 
 def _shape(batch: Tensor) -> str:
