@@ -182,18 +182,9 @@ def _resumed(arguments: Sequence[str]) -> dict[str, Any] | None:
 def _composed(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the configuration that overrides, and ``--config-dir`` among them, give."""
     from fl_app.config import compose_config
-    from fl_app.errors import ConfigError
+    from fl_app.run_config import split_config_dirs
 
-    overrides, folders, rest = [], [], iter(arguments)
-    for argument in rest:
-        if argument in ("--config-dir", "-cd") or argument.startswith("--config-dir="):
-            folder = Path(argument.partition("=")[2] or next(rest, "?"))
-            if not folder.is_dir():
-                raise ConfigError(f"--config-dir {folder} is not a folder.")
-            folders.append(folder)
-        else:
-            overrides.append(argument)
-    return compose_config(overrides, folders)
+    return compose_config(*split_config_dirs(arguments, roots=(Path.cwd(),)))
 
 
 def _play(config: dict[str, Any], *, as_json: bool, launched_at: float) -> dict[str, Any]:

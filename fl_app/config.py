@@ -34,7 +34,15 @@ from fl_app.preflight import (
     naming,
 )
 from fl_app.privacy.plan import NoPrivacy
-from fl_app.run_config import CONFIG_NAME, RunConfig, closest, conf_dir, explain, register
+from fl_app.run_config import (
+    CONFIG_NAME,
+    RunConfig,
+    closest,
+    conf_dir,
+    explain,
+    parse_overrides,
+    register,
+)
 from fl_app.schema import check
 from fl_app.selection import Selector
 from fl_app.stopping import Progress, Stopping
@@ -177,14 +185,14 @@ def from_run_config(run_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration that Flower's run config carries.
 
     ``config-json`` (sent by our own launcher) is a resolved configuration; ``overrides`` (typed by
-    people) is Hydra's grammar, separated by spaces.
+    people) is Hydra's grammar, with ``--config-dir=DIR`` among it, in the quotes of a shell.
 
     Raises:
         ConfigError: Neither gives a valid configuration.
     """
     text = str(run_config.get("config-json") or "")
     if not text:
-        config = compose_config(str(run_config.get("overrides") or "").split())
+        config = compose_config(*parse_overrides(str(run_config.get("overrides") or "")))
         return resumed_config(config["resume"], ()) if config["resume"] else config
     try:
         config = json.loads(text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,61 @@ def conf_dir() -> Path:
     package = Path(__file__).resolve().parent
     beside = package.parent / "conf"
     return beside if (beside / "config.yaml").is_file() else package / "conf"
+
+
+def parse_overrides(text: str) -> tuple[list[str], list[Path]]:
+    """Return the overrides, and the folders of ``--config-dir``, in one line of a run config.
+
+    The line is split as a shell would: quotes keep spaces together. A relative folder is looked
+    up beside our own ``conf/`` first, which is what travels with the app, then in the working
+    directory: that of whoever typed the command is not known here.
+
+    Raises:
+        ConfigError: A quote is not closed, or a folder does not exist.
+    """
+    try:
+        arguments = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"overrides={text} cannot be split into words ({error}): close every quote, or put a "
+            "backslash before one that is meant literally."
+        ) from error
+    return split_config_dirs(arguments, roots=(conf_dir().parent, Path.cwd()))
+
+
+def split_config_dirs(
+    arguments: Sequence[str], *, roots: Sequence[Path]
+) -> tuple[list[str], list[Path]]:
+    """Return the overrides among arguments, and the folders that ``--config-dir`` names.
+
+    Args:
+        arguments: Overrides, and ``--config-dir=DIR``, ``--config-dir DIR`` or ``-cd DIR``.
+        roots: Where relative folders are looked up, in this order.
+
+    Raises:
+        ConfigError: A folder does not exist.
+    """
+    overrides, folders, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument in ("--config-dir", "-cd"):
+            folders.append(_existing(next(rest, ""), roots))
+        elif argument.startswith("--config-dir="):
+            folders.append(_existing(argument.partition("=")[2], roots))
+        else:
+            overrides.append(argument)
+    return overrides, folders
+
+
+def _existing(folder: str, roots: Sequence[Path]) -> Path:
+    places = [root / folder for root in roots]
+    for place in places:
+        if folder and place.is_dir():
+            return place
+    looked = " and ".join(dict.fromkeys(str(root) for root in roots))
+    raise ConfigError(
+        f"--config-dir={folder} is not a folder (looked in {looked}): name the folder of your own "
+        "YAML files, which has subfolders such as task/."
+    )
 
 
 def register() -> None:

@@ -61,6 +61,44 @@ def test_overrides_of_flowers_run_config_mean_what_they_mean_on_the_command_line
     assert config["task"]["_target_"].endswith("BreastCancer")
 
 
+@pytest.mark.parametrize(
+    "flag", ["--config-dir={}", "--config-dir {}", "-cd {}", '"--config-dir={}"']
+)
+def test_a_run_config_names_folders_of_ones_own_and_quotes_as_a_shell_does(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my conf"
+    (folder / "task").mkdir(parents=True)
+    (folder / "task" / "heart.yaml").write_text("defaults: [digits, _self_]\ntest_fraction: 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    quoted = folder if flag.startswith('"') else f"'{folder}'"
+    line = f"{flag.format(quoted)} task=heart tracking=wandb 'tracking.project=\"x y\"' rounds=2"
+    config = from_run_config({"overrides": line})
+    assert (config["task"]["test_fraction"], config["rounds"]) == (0.5, 2)
+    assert config["tracking"]["project"] == "x y"
+    # Relative ones: beside conf/ first, then in the working directory.
+    assert from_run_config({"overrides": "--config-dir 'my conf' task=heart"})["task"] == {
+        **config["task"]
+    }
+    beside = from_run_config({"overrides": "--config-dir=conf"})
+    assert beside == compose_config([])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--config-dir=nowhere task=digits", ["--config-dir=nowhere", str(conf_dir().parent)]),
+        ("task=digits --config-dir", ["--config-dir= is not a folder"]),
+        ("name='x", ["name='x", "close every quote"]),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_one_message(line: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_run_config({"overrides": line})
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_config_json_wins_over_overrides() -> None:
     config = compose_config(["rounds=7"])
     assert from_run_config({"overrides": "rounds=3", "config-json": to_json(config)}) == config
