@@ -28,6 +28,7 @@ from fl_app.params import read_params
 from fl_app.preflight import (
     check_aggregation,
     check_cohort,
+    check_metrics,
     check_optimizer,
     check_selector,
     check_task,
@@ -264,9 +265,12 @@ def check_stopping(components: Components) -> None:
     """Refuse a rule that watches what is not measured: for the server, before the first round.
 
     Raises:
-        ConfigError: There is no held-out set, or the metric is not one of the task's.
+        ConfigError: There is no held-out set, or the metric is not one of the task's, or the
+            task's metrics raise.
     """
     task, data = components.task, components.data
+    if data.held_out is not None:
+        check_metrics(task, data.held_out)
     if not components.stopping.watches:
         return
     if data.held_out is None:
@@ -336,4 +340,9 @@ def _make(config: Mapping[str, Any], key: str, *members: str) -> Any:
             cause = cause.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
-        raise ConfigError(f"{key}: {cause}".replace("\n", " ")) from error
+        part = str(error).partition("full_key: ")[2].split("\n")[0]
+        raise ConfigError(
+            f"{key}{'.' * bool(part)}{part} cannot be made: {type(cause).__name__} "
+            f"({' '.join(str(cause).split())[:300]}). Mend its values, or the class that its "
+            "_target_ names."
+        ) from error

@@ -13,20 +13,24 @@ import torch
 from torch import nn
 
 from fl_app.aggregation import Aggregation, combine, min_updates
+from fl_app.params import read_params
 from fl_app.selection import Selector
 from fl_app.server_optimizer import OptimizerFactory
 from fl_app.tasks.base import Task
 from fl_app.tasks.checks import check_model
+from fl_app.training import evaluate
 from fl_app.types import (
     ClientId,
     ClientUpdate,
     ConfigError,
+    Examples,
     FederatedData,
     FlAppError,
     Params,
     TooFewUpdatesError,
 )
 
+_TRIED_RECORDS = 64
 _TRIED_UPDATES = 8  # updates a rule is tried on, unless it needs more
 
 
@@ -70,6 +74,23 @@ def check_task(task: Task, data: FederatedData) -> nn.Module:
         )
     check_model(task, model, probe)
     return model
+
+
+def check_metrics(task: Task, examples: Examples) -> None:
+    """Measure an untrained model on a few records: what every round does on the server.
+
+    Raises:
+        ConfigError: The task's metrics raise, or are not numbers.
+    """
+    few = examples.take(torch.arange(min(len(examples), _TRIED_RECORDS)))
+    model = task.build_model()
+    with naming("task", "measure a model by its metrics()"):
+        measured = evaluate(model, task, few, params=read_params(model)).metrics
+    for name, value in measured.items():
+        if not isinstance(value, float | int):
+            raise ConfigError(
+                f"task: metrics() gave {name}={value!r:.80}: every metric must be a float."
+            )
 
 
 def check_optimizer(key: str, make: OptimizerFactory) -> None:

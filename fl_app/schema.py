@@ -53,7 +53,8 @@ def _locate(path: Any, key: str) -> Any:
     try:
         return get_object(str(path))
     except Exception as error:  # an import runs code that may raise anything
-        reason = str(error).strip().splitlines()[0]
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ConfigError(
             f"{key}._target_={path} cannot be imported ({reason}): check the spelling, and that "
             "the package is installed or on PYTHONPATH."

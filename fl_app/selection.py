@@ -45,8 +45,8 @@ class Selector(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cohort:
-    """Size and patience of a cohort; how it is drawn is left to the subclass.
+class CohortSelector:
+    """Base of selectors: size and patience of a cohort; the subclass says who is in it.
 
     Attributes:
         fraction: Share of the population that each round aggregates, in (0, 1].
@@ -117,30 +117,35 @@ class _Cohort:
         """Return the clients to ask, in the order in which their replies are preferred."""
         population = len(clients)
         asked = math.ceil(self.wanted(population) * (1 + self.over_selection) - 1e-9)
-        positions = self._positions(population, min(asked, population), round=round, seed=seed)
+        positions = self.positions(population, min(asked, population), round=round, seed=seed)
         return [clients[position] for position in positions]
 
     @abstractmethod
-    def _positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
-        """Return ``size`` different positions in ``range(population)``."""
+    def positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+        """Return ``size`` different positions in ``range(population)``.
+
+        A function of the arguments alone: a resumed run draws each cohort again.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(_Cohort):
+class Uniform(CohortSelector):
     """Uniform sampling without replacement within a round (McMahan et al. 2017, Algorithm 1)."""
 
-    def _positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+    def positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+        """Return a sample without replacement."""
         generator = random.Random(stream_seed(seed, Role.COHORT, round=round))
         return generator.sample(range(population), size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundRobin(_Cohort):
+class RoundRobin(CohortSelector):
     """Every client in turn, in canonical order: ``ceil(N / count)`` rounds ask all of them.
 
     Over-selected clients do not advance the turn: they are the first of the next round too.
     """
 
-    def _positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+    def positions(self, population: int, size: int, *, round: int, seed: int) -> list[int]:
+        """Return the next ones after those of the round before."""
         start = (round - 1) * self.wanted(population)
         return [(start + offset) % population for offset in range(size)]

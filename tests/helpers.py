@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,25 @@ def rounds_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def fl_app(
-    *arguments: str, cwd: Path, path: Path | None = None, **kwargs: Any
+    *arguments: str,
+    cwd: Path,
+    path: Path | None = None,
+    extra: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own; ``path`` is put on PYTHONPATH."""
+    """Run the command line in a process of its own.
+
+    Args:
+        arguments: Of the command.
+        cwd: Working directory.
+        path: Put on PYTHONPATH.
+        extra: Further environment variables.
+        kwargs: Of `subprocess.run`.
+    """
     return subprocess.run(
         [sys.executable, "-m", "fl_app", *arguments],
         cwd=cwd,
-        env=environment(path),
+        env=environment(path) | dict(extra or {}),
         capture_output=True,
         text=True,
         check=False,

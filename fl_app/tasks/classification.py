@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,38 @@ def metrics(outputs: Tensor, targets: Tensor) -> dict[str, float]:
     return values
 
 
+class Metric(Protocol):
+    """One more figure of a model on a set of records, named by ``_target_``."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> float:
+        """Return the figure.
+
+        Args:
+            outputs: What the model gives, ``(n, *)``.
+            targets: One a record, ``(n,)``.
+        """
+        ...
+
+
+def measured(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Return the figures of several metrics by name.
+
+    Raises:
+        ConfigError: One raises, or gives no number.
+    """
+    figures = {}
+    for name, metric in metrics.items():
+        try:
+            figures[name] = float(metric(outputs, targets))
+        except Exception as error:  # a metric of anybody's
+            raise ConfigError(
+                f"task.extra_metrics.{name} gives no number: {type(error).__name__} "
+                f"({' '.join(str(error).split())[:200]}). It must return a float of (outputs, "
+                "targets); mend it or leave it out."
+            ) from error
+    return figures
+
+
 @dataclass(frozen=True, kw_only=True)
 class Classification(ABC):
     """Base of the classification tasks whose records lie in one place.
@@ -99,6 +131,7 @@ class Classification(ABC):
         model: Recipe of the model.
         test_fraction: Share of the records held out for the server, in [0, 1). The split is
             stratified by class and always the same, so runs of any seed are comparable.
+        extra_metrics: Further figures by name, beside those of `metrics`.
     """
 
     name: ClassVar[str]
@@ -107,6 +140,7 @@ class Classification(ABC):
 
     model: ModelBuilder
     test_fraction: float = 0.2
+    extra_metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.test_fraction < 1:
@@ -124,8 +158,8 @@ class Classification(ABC):
         return losses(outputs, targets)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
-        """Return accuracy, precision, recall, f1 and auroc; see `metrics`."""
-        return metrics(outputs, targets)
+        """Return the figures of `metrics`, and the further ones."""
+        return metrics(outputs, targets) | measured(self.extra_metrics, outputs, targets)
 
     @abstractmethod
     def load(self) -> PooledExamples:
