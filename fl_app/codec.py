@@ -32,6 +32,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.common.constant import ErrorCode
+from flwr.common.typing import ConfigRecordValues
 
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
 from fl_app.params import num_bytes
@@ -63,9 +64,9 @@ _FAILURE_KINDS = {
 # Server side --------------------------------------------------------------------------------------
 
 
-def instruction_config(run: str) -> ConfigRecord:
+def instruction_config(run: str, further: Mapping[str, ConfigRecordValues]) -> ConfigRecord:
     """Return what every instruction of the run of this name carries besides the model."""
-    return ConfigRecord({_RUN: run})
+    return ConfigRecord({**further, _RUN: run})
 
 
 def instruction(arrays: ArrayRecord, config: ConfigRecord, *, round: int) -> RecordDict:
@@ -133,7 +134,7 @@ def decode_update(reply: Message, client: ClientId) -> ClientUpdate:
         round=int(group),
         delta=delta,
         num_examples=num_examples,
-        metrics=_floats(metrics, _TRAIN),
+        metrics=figures_of(metrics, _TRAIN),
         evaluation=_decode_evaluation(metrics),
         num_bytes=num_bytes(delta),
         num_bytes_uncompressed=num_bytes(delta),
@@ -184,7 +185,7 @@ def _record(reply: Message, key: str, kind: type[_R]) -> _R:
     return record
 
 
-def _floats(metrics: MetricRecord, prefix: str) -> Mapping[str, float]:
+def figures_of(metrics: MetricRecord, prefix: str) -> Mapping[str, float]:
     """Return the figures with a prefix; what is no plain finite figure is left out.
 
     They go into means, and into files that must stay readable, whatever a client sends.
@@ -205,7 +206,7 @@ def _decode_evaluation(metrics: MetricRecord) -> Evaluation | None:
     count = metrics.get(_TEST_NUM_EXAMPLES)
     if not isinstance(count, int) or count <= 0:
         return None
-    figures = {k: v for k, v in _floats(metrics, _TEST).items() if k != "num_examples"}
+    figures = {k: v for k, v in figures_of(metrics, _TEST).items() if k != "num_examples"}
     return Evaluation(num_examples=count, metrics=figures)
 
 
@@ -234,11 +235,6 @@ def model_replies(
         asked = Message(RecordDict(), node, MessageType.TRAIN, group_id=str(round))
         replies.append(Message(content, reply_to=asked))
     return replies
-
-
-def plain_figures(metrics: MetricRecord | None) -> dict[str, float]:
-    """Return the plain finite figures of a record, named as ours are."""
-    return dict(_floats(metrics, "")) if metrics else {}
 
 
 # Client side --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from fl_app.algorithm import Algorithm, Composition
 from fl_app.flower_strategy import as_algorithm
+from fl_app.foreign import ClientAppChoice
 from fl_app.params import read_params
 from fl_app.preflight import (
     check_aggregation,
@@ -85,6 +86,7 @@ class Components:
     checks: UpdateChecks
     stopping: Stopping
     privacy: NoPrivacy
+    client_app: ClientAppChoice
     seed: int
 
 
@@ -239,6 +241,7 @@ def build(config_json: str) -> Components:
         checks=_make(config, "checks", "objection"),
         stopping=_make(config, "stopping", "after_round"),
         privacy=_make(config, "privacy"),
+        client_app=_make(config, "client_app", "reader", "load"),
         seed=seed,
     )
     if not isinstance(components.privacy, NoPrivacy):

@@ -170,6 +170,7 @@ def _set_up(
             initial=initial,
             trainable=trainable,
             seed=components.seed,
+            replies=components.client_app.reader(),
         ),
         grid=grid,
         evaluate=_evaluator(components),
@@ -182,6 +183,7 @@ def _set_up(
         checkpoints=Checkpoints(run_dir / "checkpoints", keep=config["checkpoint_keep"]),
         checkpoint_every=config["checkpoint_every"],
         launched_at=launched_at,
+        train_config=components.client_app.train_config,
     )
     saved = {**config, "resume": None, "run_dir": str(run_dir)}
     with writing_to(run_dir):

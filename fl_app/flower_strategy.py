@@ -26,7 +26,7 @@ from flwr.supercore.run import Run
 
 from fl_app.algorithm import Algorithm, Memory, ServerState, Step
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
-from fl_app.codec import model_replies, plain_figures
+from fl_app.codec import figures_of, model_replies
 from fl_app.objective import LocalObjective, OwnLoss, Proximal
 from fl_app.params import describe_misfit
 from fl_app.types import (
@@ -176,7 +176,9 @@ class FlowerAlgorithm:
             self._fail("aggregate_train", "the model it returned holds NaN or infinite values")
         memory = self._remembered()
         self._last = memory
-        return Step(params=params, memory=memory, metrics=plain_figures(metrics))
+        return Step(
+            params=params, memory=memory, metrics=figures_of(metrics, "") if metrics else {}
+        )
 
     def _call(self, method: str, call: Callable[[], _T]) -> _T:
         try:

@@ -28,6 +28,7 @@ def describe_plan(config: Mapping[str, Any]) -> dict[str, Any]:
     check_stopping(components)
     engine = make_engine(config)
     make_tracker(config)
+    components.client_app.load()
     params, trainable = initial_model(components, config["initial_model"])
     clients = components.data.clients
     sizes = [

@@ -68,6 +68,7 @@ class Run:
         checkpoints: Where checkpoints go.
         checkpoint_every: Rounds between two of them, or 0 for none; the last round has one.
         launched_at: `time.time` value at the start of the command.
+        train_config: What training instructions carry besides model and round.
         elapsed_before_s: Seconds that the run had taken before it was resumed.
         progress: What stopping remembers.
         stopped: Why the run ended, once it has.
@@ -86,6 +87,7 @@ class Run:
     checkpoints: Checkpoints
     checkpoint_every: int
     launched_at: float
+    train_config: Mapping[str, Any] = field(default_factory=dict)
     elapsed_before_s: float = 0.0
     progress: Progress = field(default_factory=Progress)
     stopped: StopReason | None = None
@@ -121,7 +123,7 @@ def run_rounds(run: Run) -> StopReason:
 def _play_round(run: Run, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundReport]:
     """Play one round; return the global model after it, and what happened."""
     began = time.perf_counter()
-    config = instruction_config(run.name)
+    config = instruction_config(run.name, run.train_config)
     instructions = run.strategy.configure_train(number, arrays, config, run.grid)
     replies = exchange(run.grid, instructions, timeout_s=run.timeout_s)
     changed, _ = run.strategy.aggregate_train(number, replies)

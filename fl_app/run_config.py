@@ -39,6 +39,7 @@ class RunConfig:
     tracking: Any = MISSING
     checks: Any = MISSING
     stopping: Any = MISSING
+    client_app: Any = MISSING
     name: str = MISSING
     seed: int = MISSING
     rounds: int = MISSING

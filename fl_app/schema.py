@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import types
 import typing
 from collections.abc import Sequence
@@ -50,6 +51,8 @@ def _check_node(node: Any, key: str) -> Any:
 
 
 def _locate(path: Any, key: str) -> Any:
+    noisy = logging.getLogger("hydra.utils")  # it logs what the message below says
+    noisy.disabled = True
     try:
         return get_object(str(path))
     except Exception as error:  # an import runs code that may raise anything
@@ -59,6 +62,8 @@ def _locate(path: Any, key: str) -> Any:
             f"{key}._target_={path} cannot be imported ({reason}): check the spelling, and that "
             "the package is installed or on PYTHONPATH."
         ) from error
+    finally:
+        noisy.disabled = False
 
 
 def _check_keys(target: Any, keys: list[str], key: str, *, partial: bool) -> None:

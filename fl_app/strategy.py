@@ -19,14 +19,13 @@ from flwr.serverapp.strategy import Strategy
 from fl_app.algorithm import Algorithm, ServerState, Step
 from fl_app.arrays import MalformedReplyError, encode_params
 from fl_app.codec import (
-    decode_evaluation,
-    decode_update,
     evaluate_messages,
     failure_of,
     instruction,
     train_messages,
 )
 from fl_app.directory import Directory, KnowsClients
+from fl_app.foreign import OurReplies, Replies
 from fl_app.params import num_bytes
 from fl_app.selection import Selector
 from fl_app.types import (
@@ -65,6 +64,7 @@ class FederatedStrategy(Strategy):
         initial: Global model before the first round.
         trainable: Names in the model that gradients change; the rest are buffers.
         seed: The run's seed.
+        replies: Reads what clients send.
 
     Attributes:
         state: Server state after the last round.
@@ -81,7 +81,9 @@ class FederatedStrategy(Strategy):
         initial: Params,
         trainable: frozenset[str],
         seed: int,
+        replies: Replies | None = None,
     ) -> None:
+        self._replies = replies or OurReplies()
         self.algorithm = algorithm
         self.state = ServerState(round=0, params=initial)
         self.report: RoundReport | None = None
@@ -208,7 +210,7 @@ class FederatedStrategy(Strategy):
             if client is None or reply.has_error():
                 continue
             try:
-                evaluations[client] = decode_evaluation(reply)
+                evaluations[client] = self._replies.evaluation(reply)
             except MalformedReplyError as error:
                 log.warning("Client %s: evaluation ignored, %s.", client, error)
         return dict(sorted(evaluations.items(), key=lambda entry: client_order(entry[0])))
@@ -299,7 +301,7 @@ class FederatedStrategy(Strategy):
         if failure:
             return Failure(client=client, kind=failure[0], reason=failure[1])
         try:
-            update = decode_update(reply, client)
+            update = self._replies.update(reply, client, self.state.params)
             objection = self._checks.objection(update, self.state.params)
             if update.round != round:
                 objection = f"it answers round {update.round}"

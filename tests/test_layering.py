@@ -22,6 +22,7 @@ LAYERS = [
     ["local_optimizer"],
     ["client_state", "checkpoint", "validation", "training", "arrays", "tracking"],
     ["codec"],
+    ["foreign"],
     ["client", "directory", "algorithm"],
     ["flower_strategy"],
     ["strategy"],
@@ -39,7 +40,7 @@ HOMES = {
     "hydra": {"config", "cli", "launch", "run_config", "schema", "sweep"},
     "omegaconf": {"config", "cli", "launch", "run_config", "schema", "sweep"},
     "flwr": {"arrays", "codec", "directory", "algorithm", "flower_strategy", "strategy", "rounds"}
-    | {"federation", "client_app", "server_app", "engines"},
+    | {"federation", "client_app", "server_app", "foreign", "engines"},
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy"},
     "dp_accounting": {"privacy"},

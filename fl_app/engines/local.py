@@ -27,6 +27,7 @@ from fl_app.client_state import MemoryClientState
 from fl_app.config import build, to_json
 from fl_app.engines.workers import WorkerPool
 from fl_app.federation import run_federation
+from fl_app.foreign import SimulatedApp
 from fl_app.training import ClientTimeoutError
 from fl_app.types import ClientId, ConfigError, client_order
 
@@ -72,18 +73,19 @@ class LocalEngine:
         """Play a run, or the rest of one; return its folder. Raises as `run_federation`."""
         torch.set_num_threads(self.threads)
         config_json = to_json(config)
-        clients = build(config_json).data.clients
+        components = build(config_json)
+        run_config = {**components.client_app.run_config, "config-json": config_json}
         adopt_identity()
-        with self.grid(clients, {"config-json": config_json}) as grid:
+        with self.grid(components.data.clients, run_config) as grid:
             return run_federation(config, grid, launched_at=launched_at)
 
     def grid(self, clients: Sequence[ClientId], run_config: UserConfig) -> LocalGrid:
-        """Return a Grid over these clients that drives our ClientApp."""
+        """Return a Grid over these clients that drives the ClientApp of the run config."""
         if self.workers == 1:
-            states = local_states(run_config)
+            app, states = simulated_clients(run_config)
             states.restore({})
-            executor: Executor = InProcess(client_app, run_config)
-            return LocalGrid(clients, executor, states)
+            return LocalGrid(clients, InProcess(app, run_config), states)
+        build(str(run_config["config-json"])).client_app.load()  # a bad one is told before workers
         states = MemoryClientState()
         pool = WorkerPool(
             workers=self.workers, threads=self.threads, run_config=run_config, states=states
@@ -94,6 +96,21 @@ class LocalEngine:
             pool.close()
             raise
         return LocalGrid(clients, pool, states, close=pool.close)
+
+
+def simulated_clients(
+    run_config: UserConfig,
+) -> tuple[Callable[[Message, Context], Message], MemoryClientState]:
+    """Return the ClientApp that this process drives, and what its clients remember.
+
+    Raises:
+        ConfigError: ``client_app.app`` names none.
+    """
+    components = build(str(run_config["config-json"]))
+    if components.client_app.is_ours:
+        return client_app, local_states(run_config)
+    states = MemoryClientState()
+    return SimulatedApp(components.client_app.load(), states, seed=components.seed), states
 
 
 def adopt_identity() -> None:

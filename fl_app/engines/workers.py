@@ -265,13 +265,12 @@ class WorkerPool:
 
 def serve(connection: Connection, run_config: UserConfig, threads: int) -> None:
     """Carry out instructions until the other end closes; the main function of a worker."""
-    from fl_app.client_app import app, local_states
-    from fl_app.engines.local import adopt_identity, call_client
+    from fl_app.engines.local import adopt_identity, call_client, simulated_clients
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(threads)
     adopt_identity()
-    states = local_states(run_config)
+    app, states = simulated_clients(run_config)
     held = RecordDict()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(None)
