@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
+from fl_app.attacks import Counts
 from fl_app.client_state import ClientStateStore
 from fl_app.objective import LocalObjective
 from fl_app.params import write_params
@@ -19,12 +22,14 @@ from fl_app.tasks.base import Task
 from fl_app.training import (
     LocalTraining,
     Randomness,
+    TrainedModel,
     evaluate,
     evaluate_quickly,
     train_locally,
 )
 from fl_app.types import (
     ClientDescription,
+    ClientExamples,
     ClientId,
     ClientUpdate,
     ConfigError,
@@ -34,6 +39,7 @@ from fl_app.types import (
     Params,
     Role,
     TrainInstruction,
+    client_order,
     stream_seed,
 )
 
@@ -73,6 +79,8 @@ class ClientRuntime:
         self._seed = seed
         self.states = states
         self._model = task.build_model()
+        self._hostile = training.attack.hostile(data.clients, seed)
+        self._conspiracy: tuple[Params, Sequence[Params]] | None = None
 
     @property
     def data(self) -> FederatedData:
@@ -94,24 +102,25 @@ class ClientRuntime:
         if examples.test is not None:
             write_params(self._model, instruction.params)
             evaluation = evaluate_quickly(self._model, self._task, examples.test)
-        trained = train_locally(
-            self._model,
-            self._task,
-            examples,
-            self._training,
-            self._objective,
-            instruction.params,
-            Randomness(seed=self._seed, round=instruction.round, client=client),
+        attack, hostile = self._training.attack, client in self._hostile
+        trained = self._train(
+            client,
+            instruction,
+            attack.poison(examples, self._num_classes()) if hostile else examples,
             optimizer_state=self._remembered_optimizer(client, instruction),
             deadline=deadline,
         )
+        delta = trained.delta
+        if hostile:
+            counts = Counts(clients=len(self._data.clients), hostile=len(self._hostile))
+            delta = attack.forge(delta, partial(self._honest, instruction), counts)
         if self._training.keep_optimizer_state:
             state = {_OPTIMIZER: trained.optimizer_state}
             self.states.of_run(instruction.run).put(client, state, round=instruction.round)
         return ClientUpdate(
             client=client,
             round=instruction.round,
-            delta=trained.delta,
+            delta=delta,
             num_examples=len(examples.train),
             metrics=trained.metrics,
             evaluation=evaluation,
@@ -138,6 +147,49 @@ class ClientRuntime:
         if self._training.share_label_counts and not train.targets.is_floating_point():
             counts = tuple(torch.bincount(train.targets).tolist())
         return ClientDescription(client=client, num_examples=len(train), label_counts=counts)
+
+    def _train(
+        self,
+        client: ClientId,
+        instruction: TrainInstruction,
+        examples: ClientExamples,
+        *,
+        optimizer_state: Mapping[str, object] | None = None,
+        deadline: float | None = None,
+    ) -> TrainedModel:
+        return train_locally(
+            self._model,
+            self._task,
+            examples,
+            self._training,
+            self._objective,
+            instruction.params,
+            Randomness(seed=self._seed, round=instruction.round, client=client),
+            optimizer_state=optimizer_state,
+            deadline=deadline,
+        )
+
+    def _honest(self, instruction: TrainInstruction, count: int) -> Sequence[Params]:
+        """Return what that many hostile clients would send this round, had they been honest.
+
+        Kept for the round: every accomplice in this process needs it. Without what optimizers
+        remember, which in a worker process is known of one client alone.
+        """
+        if self._conspiracy is None or self._conspiracy[0] is not instruction.params:
+            first = sorted(self._hostile, key=client_order)[:count]
+            deltas = [
+                self._train(client, instruction, self._data.examples_of(client)).delta
+                for client in first
+            ]
+            self._conspiracy = (instruction.params, deltas)
+        return self._conspiracy[1]
+
+    def _num_classes(self) -> int:
+        """Return how many outputs the model has for one record."""
+        probe = self._data.examples_of(self._data.clients[0]).train.inputs[:1]
+        self._model.eval()
+        with torch.no_grad():
+            return int(self._model(probe)[0].numel())
 
     def _remembered_optimizer(
         self, client: ClientId, instruction: TrainInstruction

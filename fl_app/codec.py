@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from flwr.app import (
     ArrayRecord,
@@ -32,7 +32,6 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.common.constant import ErrorCode
-from flwr.common.typing import ConfigRecordValues
 
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
 from fl_app.params import num_bytes
@@ -64,7 +63,7 @@ _FAILURE_KINDS = {
 # Server side --------------------------------------------------------------------------------------
 
 
-def instruction_config(run: str, further: Mapping[str, ConfigRecordValues]) -> ConfigRecord:
+def instruction_config(run: str, further: Mapping[str, Any]) -> ConfigRecord:
     """Return what every instruction of the run of this name carries besides the model."""
     return ConfigRecord({**further, _RUN: run})
 

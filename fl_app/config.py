@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fl_app.algorithm import Algorithm, Composition
+from fl_app.attacks import NoAttack
 from fl_app.flower_strategy import as_algorithm
 from fl_app.foreign import ClientAppChoice
 from fl_app.params import read_params
@@ -66,6 +67,7 @@ RESUMABLE_KEYS = (
 
 _LEAST = {
     "rounds": 1,
+    "num_malicious": 0,
     "seed": 0,
     "evaluate_every": 1,
     "fairness_clients": 0,
@@ -235,7 +237,7 @@ def build(config_json: str) -> Components:
     components = Components(
         task=task,
         data=data,
-        training=_make(config, "client", "epochs", "batch_size", "optimizer"),
+        training=_make(config, "client", "epochs", "batch_size", "optimizer", "attack"),
         algorithm=_make_algorithm(config),
         selector=_make(config, "selection", "select", "wanted"),
         checks=_make(config, "checks", "objection"),
@@ -244,6 +246,7 @@ def build(config_json: str) -> Components:
         client_app=_make(config, "client_app", "reader", "load"),
         seed=seed,
     )
+    _require("client.attack", components.training.attack, "hostile", "poison", "forge")
     if not isinstance(components.privacy, NoPrivacy):
         raise ConfigError("privacy: only privacy=none is available.")
     if components.training.early_stopping_patience and not config["partition"].get(
@@ -252,6 +255,11 @@ def build(config_json: str) -> Components:
         raise ConfigError(
             "client.early_stopping_patience needs records to watch: set "
             "partition.validation_fraction > 0, or early_stopping_patience=null."
+        )
+    if components.training.attack != NoAttack() and not components.client_app.is_ours:
+        raise ConfigError(
+            f"client.attack={components.training.attack} is made by our own ClientApp, and "
+            f"client_app.app={components.client_app.app}: choose client/attack=none."
         )
     check_optimizer("client.optimizer", components.training.optimizer)
     check_selector(components.selector, data.clients, seed=seed)

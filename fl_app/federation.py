@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from fl_app.algorithm import ServerState
+from fl_app.attacks import NoAttack
 from fl_app.checkpoint import Checkpoints
 from fl_app.config import Components, build, check_stopping, make_tracker, to_json, to_yaml
 from fl_app.directory import Directory, KnowsClients, QueryDirectory, describe
@@ -79,6 +80,11 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
     """
     components = build(to_json(config))
     check_stopping(components)
+    if engine_of(grid) == "deployment" and components.training.attack != NoAttack():
+        raise ConfigError(
+            f"client.attack={components.training.attack} is for simulated clients, and these are "
+            "real: choose client/attack=none, or engine=local."
+        )
     # A resumed run has its model in a checkpoint; the file it began from may be gone.
     path = None if config["resume"] else config["initial_model"]
     start = initial_model(components, path)

@@ -43,6 +43,7 @@ class RunConfig:
     name: str = MISSING
     seed: int = MISSING
     rounds: int = MISSING
+    num_malicious: int = MISSING
     evaluate_every: int = MISSING
     fairness_clients: int = MISSING
     checkpoint_every: int = MISSING

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl_app.attacks import Attack, NoAttack
 from fl_app.local_optimizer import LocalOptimizer, make_local_optimizer
 from fl_app.objective import LocalObjective
 from fl_app.params import change_of, copy_into, entries_of, read_params, write_params
@@ -59,6 +60,7 @@ class LocalTraining:
             owns. Off: label counts are personal data in small groups.
         failure_fraction: Share of client rounds that fail, for simulating unreliable devices, in
             [0, 1); drawn from the run's seed.
+        attack: What hostile clients do, for experiments with robust rules; simulated clients only.
     """
 
     optimizer: OptimizerFactory
@@ -68,6 +70,7 @@ class LocalTraining:
     keep_optimizer_state: bool = False
     share_label_counts: bool = False
     failure_fraction: float = 0.0
+    attack: Attack = NoAttack()
 
     def __post_init__(self) -> None:
         if self.epochs < 1:

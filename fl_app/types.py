@@ -44,6 +44,7 @@ class Role(StrEnum):
     BATCHES = "batches"
     LAYERS = "layers"
     FAULTS = "faults"
+    HOSTILE = "hostile"
     FAIRNESS = "fairness"
     ALGORITHM = "algorithm"
 

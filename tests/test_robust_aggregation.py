@@ -6,7 +6,6 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from fl_app.aggregation import Aggregation, WeightedMean
+from fl_app.attacks import Counts, NotANumber, Scaled, safest_z, within_the_spread
 from fl_app.config import build, compose_config, to_json
 from fl_app.params import l2_norm
 from fl_app.robust_aggregation import (
@@ -545,27 +545,31 @@ CLIENTS, ATTACKERS = 20, 4
 """One client in five is hostile."""
 
 
-def almost_enough(clients: int, attackers: int) -> float:
-    """Return z of "a little is enough" (Baruch et al. 2019, arXiv:1902.06156, Algorithm 3)."""
-    supporters = clients // 2 + 1 - attackers
-    return NormalDist().inv_cdf((clients - attackers - supporters) / (clients - attackers))
+Forge = Callable[[Tensor, Tensor], Tensor]
 
 
-def within_the_spread(z: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the attack that sends the mean of the good updates less z standard deviations."""
-    return lambda good, own: (good.mean(dim=0) - z * good.std(dim=0)).expand_as(own)
+def scaled(factor: float) -> Forge:
+    attack = Scaled(factor=factor)
+    return lambda good, own: attack.forge({"w": own}, lambda count: (), COUNTS)["w"]
 
 
-ATTACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda good, own: own,
-    "sign_flip": lambda good, own: -own,
-    "sign_flip_x10": lambda good, own: -10 * own,
-    "scaled_x100": lambda good, own: 100 * own,
-    "alie_z_max": within_the_spread(almost_enough(CLIENTS, ATTACKERS)),
-    "alie_z_1.5": within_the_spread(1.5),
-    "nan": lambda good, own: own * math.nan,
+def all_seeing(z: float) -> Forge:
+    """Return "a little is enough" of attackers who know the good updates: more than ours do."""
+    spread = within_the_spread
+    return lambda good, own: spread([{"w": row} for row in good], z)["w"].expand_as(own)
+
+
+COUNTS = Counts(clients=CLIENTS, hostile=ATTACKERS)
+ATTACKS: dict[str, Forge] = {
+    "none": scaled(1),
+    "sign_flip": scaled(-1),
+    "sign_flip_x10": scaled(-10),
+    "scaled_x100": scaled(100),
+    "alie_z_max": all_seeing(safest_z(CLIENTS, ATTACKERS)),
+    "alie_z_1.5": all_seeing(1.5),
+    "nan": lambda good, own: NotANumber().forge({"w": own}, lambda count: (), COUNTS)["w"],
 }
-"""Name -> what hostile clients send, (attackers, numel), knowing all good updates and their own."""
+"""Name -> what hostile clients send, (attackers, numel), of all good updates and their own."""
 
 DEFENCES: dict[str, Aggregation] = {
     "mean": MEAN,
@@ -628,11 +632,6 @@ def test_each_rule_withstands_what_the_table_says(defence) -> None:
     """
     errors = [remaining_error(DEFENCES[defence], attack) for attack in ATTACKS.values()]
     assert errors == pytest.approx(WITHSTOOD[defence], rel=0.05, abs=5e-4)
-
-
-def test_the_strength_of_a_little_is_enough_is_that_of_its_paper() -> None:
-    """Baruch et al. 2019: of n = 50 with m = 24, two supporters are needed: Phi(z) = 24 / 26."""
-    assert almost_enough(50, 24) == pytest.approx(NormalDist().inv_cdf(24 / 26))
 
 
 @pytest.mark.parametrize("rule", DEFENCES.values(), ids=DEFENCES.keys())
