@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, play, rounds_of, summary_of
+from helpers import REPOSITORY, TINY, play, rounds_of, summary_of
 from torch import Tensor
 
 from fl_app.attacks import (
@@ -198,6 +198,27 @@ def test_real_clients_are_not_told_to_be_hostile() -> None:
     config = compose_config([*TINY, "client/attack=scaled"])
     with pytest.raises(ConfigError, match=r"client\.attack=Scaled.*simulated clients"):
         run_federation(config, deployed, launched_at=0.0)
+
+
+def shown(heading: str) -> dict[str, dict[str, float]]:
+    """Return README's first table after a heading: row -> column -> number."""
+    section = (REPOSITORY / "README.md").read_text().split(f"## {heading}\n", 1)[1]
+    lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(head[1:], map(float, row[1:]), strict=True)) for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # seven runs
+def test_each_rule_withstands_real_training_on_false_labels_as_the_readme_says(
+    tmp_path: Path,
+) -> None:
+    for rule, accuracies in shown("Under attack").items():
+        overrides = ("experiment=under_attack", f"strategy={rule}", "client/attack=label_flip")
+        run_dir = play(tmp_path / rule, *overrides, "progress=none", tiny=False)
+        # Another build of torch sums in another order: 360 digits are held out.
+        accuracy = summary_of(run_dir)["metrics"]["accuracy"]
+        assert accuracy == pytest.approx(accuracies["label_flip"], abs=0.03)
 
 
 def test_choices_of_the_command_line_win_over_those_of_an_experiment() -> None:
