@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from fl_app import codec
 from fl_app.client import ClientRuntime
 from fl_app.client_state import ClientStateStore, DiskClientState, MemoryClientState
-from fl_app.config import build, from_run_config, to_json
+from fl_app.config import adopt_threads, build, from_run_config, to_json
 from fl_app.run_config import local_path
 from fl_app.types import ClientId, ConfigError, FlAppError
 
@@ -26,23 +26,26 @@ _Handler: TypeAlias = Callable[[Message, Context], Message]
 
 
 def _discreet(handler: _Handler) -> _Handler:
-    """Keep the text of foreign errors on the client: it may quote a record.
+    """Answer errors by an error reply, and keep the text of foreign ones on the client.
 
-    Our own errors quote none, and clients of ``engine=local`` have nothing to keep from their
-    server.
+    That text may quote a record; our own errors quote none, and clients of ``engine=local`` have
+    nothing to keep from their server. Raised, an error would reach the server in other words on
+    each of Flower's runtimes, with a traceback in the log for a client that merely declined.
     """
 
     @wraps(handler)
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except FlAppError:
-            raise
         except Exception as error:
             if _is_in_process(context):
                 raise
+            if isinstance(error, FlAppError):
+                log.warning("This client fails: %s", error)
+                return codec.error_reply(message, error)
             log.exception("This client failed; the server is told the kind of error alone.")
-            raise ClientFailedError(f"{type(error).__name__}; see the client's own log") from None
+            told = ClientFailedError(f"{type(error).__name__}; see the client's own log")
+            return codec.error_reply(message, told)
 
     return handle
 
@@ -56,7 +59,8 @@ class ClientFailedError(FlAppError):
 def train(message: Message, context: Context) -> Message:
     """Train the received model, and measure it on the way, in one reply."""
     instruction = codec.decode_instruction(message)
-    return codec.update_reply(message, _runtime(context).train(_client(context), instruction))
+    runtime = _runtime(context)
+    return codec.update_reply(message, runtime.train(_client(context, runtime), instruction))
 
 
 @app.evaluate()
@@ -64,33 +68,51 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the received model on the client's own held-out part."""
     params = codec.decode_model(message)
-    return codec.evaluation_reply(message, _runtime(context).evaluate(_client(context), params))
+    runtime = _runtime(context)
+    return codec.evaluation_reply(message, runtime.evaluate(_client(context, runtime), params))
 
 
 @app.query()
 @_discreet
 def query(message: Message, context: Context) -> Message:
     """Tell who this client is, and what it is willing to tell about itself."""
-    return codec.description_reply(message, _runtime(context).describe(_client(context)))
+    runtime = _runtime(context)
+    return codec.description_reply(message, runtime.describe(_client(context, runtime)))
 
 
-def _client(context: Context) -> ClientId:
-    """Return the stable id of the client that a node is."""
+def _client(context: Context, runtime: ClientRuntime) -> ClientId:
+    """Return the stable id of the client that a node is.
+
+    A node is the client that its ``client-id`` names, or else the one at position ``partition-id``
+    of all clients in canonical order, whatever their names are.
+    """
     node = context.node_config
-    name = node.get("client-id", node.get("partition-id"))
-    if name is None:
+    if "client-id" in node:
+        return str(node["client-id"])
+    position = node.get("partition-id")
+    if position is None:
         raise ConfigError(
             "this node has no name: start it with --node-config "
             "'partition-id=0 num-partitions=3' or 'client-id=\"NAME\"'."
         )
-    return str(name)
+    clients = runtime.data.clients
+    if not (isinstance(position, int) and 0 <= position < len(clients)):
+        raise ConfigError(
+            f"partition-id={position} of this node must lie in [0, {len(clients)}): it is a "
+            "position in the population, and this node owns nothing. Leave partition.num_clients "
+            "out to have as many clients as nodes, or start fewer nodes."
+        )
+    return clients[position]
 
 
 def _runtime(context: Context) -> ClientRuntime:
+    in_process = _is_in_process(context)
+    partitions = context.node_config.get("num-partitions")
     return _runtime_for(
         str(context.run_config.get("config-json") or ""),
         str(context.run_config.get("overrides") or ""),
-        in_process=_is_in_process(context),
+        connected=partitions if isinstance(partitions, int) and not in_process else None,
+        in_process=in_process,
     )
 
 
@@ -104,6 +126,7 @@ def local_states(run_config: UserConfig) -> MemoryClientState:
     states = _runtime_for(
         str(run_config.get("config-json") or ""),
         str(run_config.get("overrides") or ""),
+        connected=None,
         in_process=True,
     ).states
     if not isinstance(states, MemoryClientState):
@@ -112,16 +135,22 @@ def local_states(run_config: UserConfig) -> MemoryClientState:
 
 
 @lru_cache(maxsize=2)
-def _runtime_for(config_json: str, overrides: str, *, in_process: bool) -> ClientRuntime:
+def _runtime_for(
+    config_json: str, overrides: str, *, connected: int | None, in_process: bool
+) -> ClientRuntime:
     """Return the runtime that serves this process's clients under a configuration.
 
     Args:
         config_json: Flower's run config of that name.
         overrides: Flower's run config of that name.
+        connected: Nodes of the federation, if the node was told and it is not in process.
         in_process: Whether the engine that drives this process keeps what clients remember, in
             memory and in its checkpoints; else that lies on disk.
     """
-    config = from_run_config({"config-json": config_json, "overrides": overrides})
+    run_config = {"config-json": config_json, "overrides": overrides}
+    config = from_run_config(run_config, connected=connected)
+    if not in_process:
+        adopt_threads(config)
     components = build(to_json(config))
     folder = Path(local_path(config["output_url"])) / "client_state"
     states: ClientStateStore = MemoryClientState() if in_process else DiskClientState(folder)

@@ -92,17 +92,21 @@ class Components:
     seed: int
 
 
-def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
+def compose_config(
+    overrides: Sequence[str], config_dirs: Sequence[Path] = (), *, population: int | None = None
+) -> dict[str, Any]:
     """Return the resolved and checked configuration that overrides in Hydra's grammar give.
 
     Args:
         overrides: Such as ``["task=digits", "rounds=5"]``.
         config_dirs: Further folders in which groups are looked up.
+        population: How many clients there are where nothing says ``partition.num_clients``; None
+            for as many as the partition's YAML says.
 
     Raises:
         ConfigError: The overrides do not compose, or the result is not valid.
     """
-    register()
+    register(population)
     search = [f"hydra.searchpath=[{','.join(f'file://{d.resolve()}' for d in config_dirs)}]"]
     try:
         # Hydra keeps its state in a global; a caller inside a Hydra job must get it back.
@@ -186,18 +190,26 @@ def resumed_config(run_dir: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"resume={run_dir}: {explain(error)}") from error
 
 
-def from_run_config(run_config: Mapping[str, Any]) -> dict[str, Any]:
+def from_run_config(
+    run_config: Mapping[str, Any], *, connected: int | None = None
+) -> dict[str, Any]:
     """Return the configuration that Flower's run config carries.
 
     ``config-json`` (sent by our own launcher) is a resolved configuration; ``overrides`` (typed by
     people) is Hydra's grammar, with ``--config-dir=DIR`` among it, in the quotes of a shell.
+
+    Args:
+        run_config: Flower's run config.
+        connected: Nodes of the federation. They are the population, unless ``overrides`` or the
+            experiment it names says ``partition.num_clients``.
 
     Raises:
         ConfigError: Neither gives a valid configuration.
     """
     text = str(run_config.get("config-json") or "")
     if not text:
-        config = compose_config(*parse_overrides(str(run_config.get("overrides") or "")))
+        overrides, folders = parse_overrides(str(run_config.get("overrides") or ""))
+        config = compose_config(overrides, folders, population=connected)
         return resumed_config(config["resume"], ()) if config["resume"] else config
     try:
         config = json.loads(text)
@@ -302,6 +314,14 @@ def _make_algorithm(config: Mapping[str, Any]) -> Algorithm:
     if isinstance(algorithm, Composition):
         _require("strategy.aggregation", algorithm.aggregation, "__call__")
     return algorithm
+
+
+def adopt_threads(config: Mapping[str, Any]) -> None:
+    """Set torch's intra-op threads to ``engine.threads``: another number gives other bits.
+
+    For the processes that Flower starts, where no engine of ours does it.
+    """
+    torch.set_num_threads(config["engine"].get("threads", 1))
 
 
 def make_engine(config: Mapping[str, Any]) -> Any:

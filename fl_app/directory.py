@@ -56,6 +56,7 @@ class QueryDirectory:
 
     Attributes:
         descriptions: What each client told when it was first seen.
+        refusals: Why nodes could not say who they are, by node.
     """
 
     def __init__(self, grid: Grid, *, timeout_s: float = 60.0, retry_s: float = 300.0) -> None:
@@ -63,6 +64,7 @@ class QueryDirectory:
         self._timeout_s = timeout_s
         self._retry_s = retry_s
         self._not_before: dict[int, float] = {}
+        self.refusals: dict[int, str] = {}
         self._names: dict[int, ClientId] = {}
         self._clients: list[ClientId] = []
         self._nodes: dict[ClientId, int] = {}
@@ -91,11 +93,18 @@ class QueryDirectory:
         silent = set(unknown)
         for node, told in ask(self._grid, unknown, timeout_s=self._timeout_s):
             silent.discard(node)
-            if told is not None:
+            if isinstance(told, ClientDescription):
                 self._add(node, told)
+            else:
+                self._refuse(node, told)
         self._not_before = dict.fromkeys(silent, now + self._retry_s) | {
             node: after for node, after in self._not_before.items() if after > now
         }
+
+    def _refuse(self, node: int, reason: str) -> None:
+        if self.refusals.get(node) != reason:
+            log.warning("Node %d does not say who it is: %s", node, reason)
+        self.refusals[node] = reason
 
     def _add(self, node: int, told: ClientDescription) -> None:
         client = told.client
@@ -110,32 +119,33 @@ class QueryDirectory:
 
 def ask(
     grid: Grid, nodes: Sequence[int], *, timeout_s: float
-) -> Iterator[tuple[int, ClientDescription | None]]:
-    """Yield each node that answers, with what it tells about itself; None if it makes no sense."""
-    messages = query_messages(nodes, ttl=timeout_s)
-    for reply in grid.send_and_receive(messages, timeout=timeout_s):
-        node = reply.metadata.src_node_id
-        failure = failure_of(reply)
-        told = None
+) -> Iterator[tuple[int, ClientDescription | str]]:
+    """Yield each node that answers, with what it tells about itself, or why it tells nothing."""
+    for reply in grid.send_and_receive(query_messages(nodes, ttl=timeout_s), timeout=timeout_s):
+        node, failure = reply.metadata.src_node_id, failure_of(reply)
+        if failure:
+            yield node, failure[1]
+            continue
         try:
-            told = None if failure else decode_description(reply)
-            reason: object = failure and failure[1]
+            yield node, decode_description(reply)
         except MalformedReplyError as error:
-            reason = error
-        if told is None:
-            log.warning("Node %d does not say who it is: %s", node, reason)
-        yield node, told
+            yield node, str(error)
 
 
 def describe(
     grid: Grid, directory: Directory, clients: Sequence[ClientId], *, timeout_s: float
 ) -> list[ClientDescription]:
-    """Return what clients tell about themselves, without those that do not answer.
+    """Return what clients tell about themselves, without those that do not.
 
     A `QueryDirectory` has asked already; its nodes are not asked again.
     """
     if isinstance(directory, QueryDirectory):
         return [directory.descriptions[c] for c in clients if c in directory.descriptions]
     nodes = {node: c for c in clients if (node := directory.node_of(c)) is not None}
-    told = {node: told for node, told in ask(grid, list(nodes), timeout_s=timeout_s) if told}
+    told = {}
+    for node, answer in ask(grid, list(nodes), timeout_s=timeout_s):
+        if isinstance(answer, ClientDescription):
+            told[node] = answer
+        else:
+            log.warning("Client %s tells nothing of itself: %s", nodes.get(node, "?"), answer)
     return [told[node] for node in nodes if node in told]

@@ -62,6 +62,8 @@ log = logging.getLogger(__name__)
 
 MOST_DESCRIBED = 100
 """Clients, at most, whose share of the records is shown."""
+PATIENCE_S = 120.0
+"""Seconds that a run waits for the clients it needs before its first round."""
 
 
 def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float) -> Path:
@@ -164,8 +166,7 @@ def _set_up(
 ) -> tuple[Run, int | None]:
     """Return the run, at its beginning or where its last checkpoint was, and that round."""
     initial, trainable = start
-    directory = grid.directory if isinstance(grid, KnowsClients) else QueryDirectory(grid)
-    wait_for_clients(directory, components.selector.min_clients)
+    directory = _directory_of(grid, components)
     run = Run(
         name=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
         strategy=FederatedStrategy(
@@ -217,7 +218,65 @@ def initial_model(components: Components, path: str | None) -> tuple[Params, fro
     return load_model(path, params) if path else params, trainable_names(model)
 
 
-def wait_for_clients(directory: Directory, count: int, *, patience_s: float = 120.0) -> None:
+def wait_for_nodes(grid: Grid, *, patience_s: float | None = None, settle_s: float = 0.5) -> int:
+    """Return how many nodes are connected, once there are some and no more come.
+
+    Flower's simulation registers its nodes one by one while the ServerApp is already running.
+
+    Args:
+        grid: Reaches the nodes.
+        patience_s: Seconds to wait for the first; None for what suits the runtime.
+        settle_s: Seconds without another that count as "no more come".
+
+    Raises:
+        EmptyCohortError: None came.
+    """
+    if patience_s is None:
+        patience_s = 10.0 if isinstance(grid, InMemoryGrid) else PATIENCE_S
+    count, since = 0, time.monotonic()
+    while True:
+        connected, now = len(list(grid.get_node_ids())), time.monotonic()
+        if connected != count:
+            count, since = connected, now
+        if count and now - since >= settle_s:
+            return count
+        if not count and now - since >= patience_s:
+            raise EmptyCohortError(
+                f"no SuperNode is connected, {patience_s:.0f} s after the start; a federation "
+                "needs at least one. In a simulation, ask for some: flwr run . "
+                "--federation-config 'num-supernodes=10'; in a deployment, start SuperNodes first."
+            )
+        time.sleep(min(settle_s, 0.1))
+
+
+def _directory_of(grid: Grid, components: Components) -> Directory:
+    """Return who the clients are, once enough are known; say so if nodes and population differ."""
+    count = components.selector.min_clients
+    if isinstance(grid, KnowsClients):
+        wait_for_clients(grid.directory, count)
+        return grid.directory
+    simulated = isinstance(grid, InMemoryGrid)
+    # A simulated node answers once its actor has started, which takes long on a busy machine; but
+    # all there will ever be are there from the beginning.
+    directory = QueryDirectory(grid, timeout_s=300.0 if simulated else 60.0)
+    wait_for_clients(directory, count, patience_s=0.0 if simulated else PATIENCE_S)
+    nodes, population = len(list(grid.get_node_ids())), len(components.data.clients)
+    if nodes != population:
+        idle = (
+            f"{nodes - population} nodes own nothing and take no part"
+            if nodes > population
+            else f"{population - nodes} clients take no part"
+        )
+        log.warning(
+            "%d nodes are connected, but the population (partition.num_clients) is %d: node i is "
+            "client i, so %s. Leave partition.num_clients out to have as many clients as nodes, or "
+            "connect %d nodes (in a simulation: --federation-config 'num-supernodes=%d').",
+            *(nodes, population, idle, population, population),
+        )
+    return directory
+
+
+def wait_for_clients(directory: Directory, count: int, *, patience_s: float = PATIENCE_S) -> None:
     """Return once ``count`` clients are known.
 
     Raises:
@@ -225,10 +284,12 @@ def wait_for_clients(directory: Directory, count: int, *, patience_s: float = 12
     """
     deadline = time.monotonic() + patience_s
     while (known := len(directory.clients())) < count:
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
+            refusals = directory.refusals if isinstance(directory, QueryDirectory) else {}
+            reason = f" Node {min(refusals)} said: {refusals[min(refusals)]}" if refusals else ""
             raise EmptyCohortError(
                 f"selection.min_clients={count}, but only {known} clients came within "
-                f"{patience_s:.0f} s: start more, or lower it."
+                f"{patience_s:.0f} s: start more, or lower it.{reason}"
             )
         log.info("Waiting for clients: %d of %d are here.", known, count)
         time.sleep(1.0)

@@ -117,12 +117,21 @@ def _existing(folder: str, roots: Sequence[Path]) -> Path:
     )
 
 
-def register() -> None:
-    """Make the schema of the top-level keys, and the resolver of paths, known to Hydra."""
+def register(population: int | None = None) -> None:
+    """Make the schema of the top-level keys, and the resolvers, known to Hydra.
+
+    Args:
+        population: What ``${population:DEFAULT}`` gives, or None for its default.
+    """
     ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="fl_app")
     OmegaConf.register_new_resolver("local_path", local_path, replace=True)
     OmegaConf.register_new_resolver("sweep_path", sweep_path, replace=True)
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+    OmegaConf.register_new_resolver(
+        "population",
+        lambda default: int(default) if population is None else population,
+        replace=True,
+    )
 
 
 def local_path(url: str) -> str:
