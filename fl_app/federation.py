@@ -287,9 +287,10 @@ def wait_for_clients(directory: Directory, count: int, *, patience_s: float = PA
         if time.monotonic() >= deadline:
             refusals = directory.refusals if isinstance(directory, QueryDirectory) else {}
             reason = f" Node {min(refusals)} said: {refusals[min(refusals)]}" if refusals else ""
+            within = f" within {patience_s:.0f} s" if patience_s else ""
             raise EmptyCohortError(
-                f"selection.min_clients={count}, but only {known} clients came within "
-                f"{patience_s:.0f} s: start more, or lower it.{reason}"
+                f"selection.min_clients={count}, but only {known} clients came{within}: start "
+                f"more, or lower it.{reason}"
             )
         log.info("Waiting for clients: %d of %d are here.", known, count)
         time.sleep(1.0)

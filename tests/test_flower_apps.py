@@ -1,0 +1,177 @@
+"""The ServerApp and ClientApp: who is which client, how many there are, and errors in words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from helpers import TINY
+
+from fl_app import client_app, server_app
+from fl_app.codec import decode_description, failure_of, query_messages
+from fl_app.config import compose_config, from_run_config, to_json
+from fl_app.engines.local import adopt_identity
+from fl_app.federation import wait_for_nodes
+from fl_app.types import ConfigError, EmptyCohortError
+
+QUICK = "task/model=logistic client.epochs=1 rounds=1 progress=none"
+
+
+def context(node: dict[str, Any], **run_config: str) -> Context:
+    return Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run_config)
+
+
+def ask(node: dict[str, Any], **run_config: str) -> Message:
+    """Return the ClientApp's answer to the question who it is."""
+    adopt_identity()
+    (message,) = query_messages([1], ttl=60.0)
+    return client_app.app(message, context(node, **run_config))
+
+
+class Nodes:
+    """A Grid that knows how many nodes there are; one more joins at each look, up to the last."""
+
+    def __init__(self, *counts: int) -> None:
+        self._counts = list(counts)
+
+    def get_node_ids(self) -> range:
+        count = self._counts.pop(0) if len(self._counts) > 1 else self._counts[0]
+        return range(1, count + 1)
+
+
+# The population --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "strided", "linear", "shard"])
+def test_connected_nodes_are_the_population_where_nothing_says_otherwise(partition: str) -> None:
+    config = from_run_config({"overrides": f"partition={partition}"}, connected=7)
+    assert config["partition"]["num_clients"] == 7
+    # ... and what one federation was told is forgotten by the next.
+    assert compose_config([f"partition={partition}"])["partition"]["num_clients"] == 10
+
+
+@pytest.mark.parametrize("overrides", ["partition.num_clients=4", "experiment=quickstart"])
+def test_a_population_that_is_said_wins_over_the_connected_nodes(overrides: str) -> None:
+    said = compose_config(overrides.split())["partition"]["num_clients"]
+    config = from_run_config({"overrides": overrides}, connected=7)
+    assert config["partition"]["num_clients"] == said != 7
+
+
+def test_a_whole_configuration_is_taken_as_it_is() -> None:
+    config = compose_config(["rounds=3"])
+    assert from_run_config({"config-json": to_json(config)}, connected=7) == config
+
+
+def test_nodes_are_counted_once_no_more_of_them_come() -> None:
+    assert wait_for_nodes(Nodes(0, 1, 2, 3), settle_s=0.02) == 3  # type: ignore[arg-type]
+
+
+def test_a_federation_without_nodes_is_refused_with_the_way_out() -> None:
+    with pytest.raises(EmptyCohortError, match=r"no SuperNode.*num-supernodes=10"):
+        wait_for_nodes(Nodes(0), patience_s=0.05, settle_s=0.01)  # type: ignore[arg-type]
+
+
+# Which node is which client --------------------------------------------------------------------
+
+
+def client_of(node: dict[str, Any], clients: Sequence[str]) -> str:
+    runtime = SimpleNamespace(data=SimpleNamespace(clients=clients))
+    return client_app._client(context(node), runtime)  # type: ignore[arg-type]
+
+
+def test_a_node_is_the_client_at_its_position_whatever_the_clients_are_called() -> None:
+    names = ["Bergen", "Chania", "Tromso"]
+    assert client_of({"partition-id": 1, "num-partitions": 3}, names) == "Chania"
+    assert client_of({"partition-id": 1, "client-id": "Tromso"}, names) == "Tromso"
+    assert client_of({"partition-id": 11}, [str(n) for n in range(12)]) == "11"
+
+
+@pytest.mark.parametrize("position", [3, 1000, -1, "x", 1.5])
+def test_a_position_beyond_the_population_is_refused_with_the_way_out(position: object) -> None:
+    words = rf"partition-id={re.escape(str(position))} .* \[0, 3\).*partition.num_clients"
+    with pytest.raises(ConfigError, match=words):
+        client_of({"partition-id": position}, ["a", "b", "c"])
+
+
+def test_a_node_learns_the_population_from_its_number_of_partitions() -> None:
+    sizes = [
+        decode_description(
+            ask({"partition-id": 0, "num-partitions": count}, overrides=QUICK)
+        ).num_examples
+        for count in (2, 4)
+    ]
+    assert sizes[0] == pytest.approx(2 * sizes[1], abs=3)
+
+
+def test_a_node_without_a_part_answers_with_an_error_reply_and_its_reason() -> None:
+    overrides = f"{QUICK} partition.num_clients=2"
+    reply = ask({"partition-id": 2, "num-partitions": 3}, overrides=overrides)
+    failure = failure_of(reply)
+    assert failure is not None
+    assert failure[1].startswith("ConfigError: partition-id=2 of this node must lie in [0, 2)")
+
+
+def test_the_text_of_a_foreign_error_stays_on_the_client(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaks(*_: object) -> None:
+        raise KeyError("patient 4711")
+
+    monkeypatch.setattr("fl_app.client.ClientRuntime.describe", breaks)
+    reply = ask({"partition-id": 0, "num-partitions": 2}, overrides=QUICK)
+    assert failure_of(reply)[1] == "ClientFailedError: KeyError; see the client's own log"  # type: ignore[index]
+    assert "4711" in caplog.text
+
+
+# The ServerApp ---------------------------------------------------------------------------------
+
+
+def test_the_launcher_is_told_the_folder_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(server_app.OUTCOME, str(tmp_path / "outcome.json"))
+    with server_app._telling_the_launcher() as outcome:
+        outcome["run_dir"] = "somewhere"
+    assert json.loads((tmp_path / "outcome.json").read_text()) == {"run_dir": "somewhere"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(ConfigError("a=1"), "config"), (OSError("disk"), "OSError")]
+)
+def test_the_launcher_is_told_why_a_run_failed(
+    error: Exception, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(server_app.OUTCOME, str(tmp_path / "outcome.json"))
+    with pytest.raises(type(error)), server_app._telling_the_launcher():
+        raise error
+    told = json.loads((tmp_path / "outcome.json").read_text())
+    assert told == {"error": str(error), "kind": kind}
+
+
+def test_nodes_that_differ_from_the_population_are_said_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fl_app import federation
+    from fl_app.config import build
+    from fl_app.engines.local import LocalEngine
+
+    config = compose_config([*TINY, f"run_dir={tmp_path}"])
+    run_config = {"config-json": to_json(config)}
+    components = build(to_json(config))
+    adopt_identity()
+    with LocalEngine().grid(["0", "1", "2", "3"], run_config) as grid:
+        monkeypatch.setattr(federation, "KnowsClients", type("Nobody", (), {}))
+        with caplog.at_level(logging.WARNING):
+            directory = federation._directory_of(grid, components)
+    assert list(directory.clients()) == ["0", "1", "2", "3"]
+    (line,) = [r.getMessage() for r in caplog.records if "nodes are connected" in r.getMessage()]
+    assert "4 nodes are connected, but the population (partition.num_clients) is 6" in line
+    assert "2 clients take no part" in line
+    assert "num-supernodes=6" in line
