@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
@@ -62,6 +63,10 @@ RESUMABLE_KEYS = (
     "fairness_clients",
     "progress",
     "engine.workers",
+    "engine.cpus",
+    "engine.client_cpus",
+    "engine.client_gpus",
+    "engine.port",
 )
 """Keys that may be given anew when a run is resumed: they change nothing of what has been done."""
 

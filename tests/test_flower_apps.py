@@ -155,6 +155,28 @@ def test_the_launcher_is_told_why_a_run_failed(
     assert told == {"error": str(error), "kind": kind}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("strategy=fedavgg", "strategy=fedavgg does not exist; did you mean fedavg"),
+        ("rounds=5 ==", "rror parsing override"),
+        ("task._target_=nowhere.Task", "nowhere.Task cannot be imported .* PYTHONPATH"),
+        ("partition._target_=fl_app.selection.Uniform", "partition"),
+        ("~partition strategy=fedavg", "partition"),
+        ("task._target_=fl_app.selection.Uniform", "task"),
+        ("selection.count=5", "selection.count=5 exceeds the population of 2 clients"),
+        ("resume=nowhere", "resume=nowhere is not the folder of a run"),
+    ],
+)
+def test_a_mistake_ends_the_server_app_with_one_message(
+    overrides: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        server_app.main(Nodes(2), context({}, overrides=overrides))
+    assert not list(tmp_path.iterdir())
+
+
 def test_nodes_that_differ_from_the_population_are_said_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,8 @@ from fl_app.federation import initial_model
 from fl_app.run_config import local_path
 from fl_app.server_app import OUTCOME
 from fl_app.types import ConfigError, FlAppError, InterruptedRunError
+
+log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 CONNECTION = "simulation"
@@ -243,7 +246,7 @@ def _super_link(environment: Mapping[str, str], port: int) -> Generator[_Home, N
             f'[superlink]\ndefault = "{CONNECTION}"\n\n'
             f'[superlink.{CONNECTION}]\naddress = "{HOST}:{port}"\ninsecure = true\n'
         )
-        with home.log.open("wb") as log:
+        with home.log.open("wb") as output:
             warden = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "fl_app.engines.warden", str(folder)),
@@ -252,7 +255,7 @@ def _super_link(environment: Mapping[str, str], port: int) -> Generator[_Home, N
                 ],
                 env=home.environment,
                 stdin=subprocess.PIPE,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
             )
@@ -306,8 +309,8 @@ def _wait_until_up(warden: subprocess.Popen[bytes], port: int, home: _Home) -> N
         with suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=1.0):
             return
         time.sleep(0.05)
-    log = home.log.read_text(errors="replace") if home.log.exists() else ""
-    raise SimulationError(_with_last_lines("Flower's SuperLink did not start", log.splitlines()))
+    text = home.log.read_text(errors="replace") if home.log.exists() else ""
+    raise SimulationError(_with_last_lines("Flower's SuperLink did not start", text.splitlines()))
 
 
 def _play(home: _Home, config: Mapping[str, Any], federation: str, *, launched_at: float) -> Path:
@@ -324,7 +327,7 @@ def _play(home: _Home, config: Mapping[str, Any], federation: str, *, launched_a
     )
     submit = ["run", str(home.folder / "app"), CONNECTION, "--run-config", str(run_config)]
     stream = home.flwr(*submit, "--federation-config", federation, "--stream")
-    log = _shown(stream, quiet=config["progress"] == "none")
+    lines = _shown(stream)
     status = _status(home)
     outcome = json.loads(home.outcome.read_text()) if home.outcome.exists() else {}
     if outcome.get("kind") == "config":
@@ -333,12 +336,13 @@ def _play(home: _Home, config: Mapping[str, Any], federation: str, *, launched_a
         raise SimulationError(outcome["error"])
     run_dir = Path(outcome.get("run_dir", ""))
     if status != "finished:completed" or not (run_dir / "summary.json").is_file():
-        raise SimulationError(_with_last_lines(f"Flower's simulation ended as {status}", log))
+        raise SimulationError(_with_last_lines(f"Flower's simulation ended as {status}", lines))
     return run_dir
 
 
-def _shown(stream: subprocess.Popen[str], *, quiet: bool) -> list[str]:
-    """Show a run's log until it ends, and return the last lines of it; chatter aside."""
+def _shown(stream: subprocess.Popen[str]) -> list[str]:
+    """Show a run's log until it ends, if logs are shown; return its last lines; chatter aside."""
+    quiet = not log.isEnabledFor(logging.INFO)
     kept: deque[str] = deque(maxlen=200)
     lines: Iterator[str] = stream.stdout if stream.stdout is not None else iter(())
     try:

@@ -27,12 +27,16 @@ UNHASHED_KEYS: tuple[str, ...] = (
     "checkpoint_every",
     "checkpoint_keep",
     "engine.workers",
+    "engine.cpus",
+    "engine.client_cpus",
+    "engine.client_gpus",
+    "engine.port",
 )
 """Config keys that do not change a result, so runs that differ only here share a config hash.
 
 ``name``, ``output_url`` and ``run_dir`` say where a run is put, ``resume`` that it was interrupted,
 ``tracking`` and ``progress`` who watches, ``checkpoint_*`` how often it is saved, and
-``engine.workers`` how many processes share the work. Any key not listed is hashed.
+``engine.*`` how many processes share the work and where they meet. Any key not listed is hashed.
 """
 
 

@@ -80,16 +80,15 @@ def test_one_supernode_is_a_federation_of_one_that_outlives_a_client_that_raises
 def test_no_supernode_is_refused_in_one_message(flwr: Flower) -> None:
     played = flwr.run(overrides=SHORT, supernodes=0)
     assert played.status != "finished:completed"
-    assert "--federation-config 'num-supernodes=" in played.plain or "supernodes" in played.plain
+    assert "no SuperNode is connected" in played.plain, played.log
+    assert "--federation-config 'num-supernodes=10'" in played.plain
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ('overrides="strategy=fedavgg"', ["strategy=fedavgg", "choose one of", "fedavg"]),
         ('overrides="rounds=5 =="', ["Error parsing override"]),
         ('overrides="task._target_=nowhere.Task"', ["nowhere.Task", "PYTHONPATH"]),
-        ('overrides="task._target_=fractions.Fraction"', ["task", "Fraction"]),
     ],
 )
 def test_a_mistake_in_the_overrides_fails_the_run_with_a_message(
@@ -105,7 +104,8 @@ def test_an_undeclared_key_is_refused_before_anything_runs(flwr: Flower) -> None
     before = len(flwr.run_dirs())
     played = flwr.run(run_config="rounds=5", supernodes=2)
     assert played.status != "finished:completed"
-    assert "rounds" in played.plain, played.log
+    # All that Flower says; README, "Flower", says what it means.
+    assert "Invalid run configuration" in played.plain, played.log
     assert len(flwr.run_dirs()) == before
 
 

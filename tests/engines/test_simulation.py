@@ -24,7 +24,7 @@ from fl_app.types import ConfigError
 
 SIMULATION = "engine=simulation"
 
-STATEFUL = ("client.keep_optimizer_state=true", "+client.optimizer.momentum=0.9")
+STATEFUL = ("client.keep_optimizer_state=true", "client.optimizer.momentum=0.9")
 FLAKY = ("client.failure_fraction=0.3",)
 
 
