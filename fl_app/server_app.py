@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_app.config import adopt_threads, from_run_config
 from fl_app.federation import run_federation, wait_for_nodes
-from fl_app.types import ConfigError
+from fl_app.types import ConfigError, FlAppError
 
 OUTCOME = "FL_APP_OUTCOME"
 """Environment variable: the file in which a launcher wants to be told what came of the run."""
@@ -53,8 +53,15 @@ def _telling_the_launcher() -> Generator[dict[str, str], None, None]:
         yield outcome
     except Exception as error:
         outcome["error"] = str(error)
-        outcome["kind"] = "config" if isinstance(error, ConfigError) else type(error).__name__
+        outcome["kind"] = _kind(error)
         raise
     finally:
         if path := os.environ.get(OUTCOME):
             Path(path).write_text(json.dumps(outcome), encoding="utf-8")
+
+
+def _kind(error: Exception) -> str:
+    """Return ``config`` or ``known`` for errors whose message is for a person, or the type."""
+    if isinstance(error, ConfigError):
+        return "config"
+    return "known" if isinstance(error, FlAppError) else type(error).__name__

@@ -143,7 +143,12 @@ def test_the_launcher_is_told_the_folder_of_a_run(
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(ConfigError("a=1"), "config"), (OSError("disk"), "OSError")]
+    ("error", "kind"),
+    [
+        (ConfigError("a=1"), "config"),
+        (EmptyCohortError("nobody"), "known"),
+        (OSError("disk"), "OSError"),
+    ],
 )
 def test_the_launcher_is_told_why_a_run_failed(
     error: Exception, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

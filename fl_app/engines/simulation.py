@@ -330,31 +330,38 @@ def _play(home: _Home, config: Mapping[str, Any], federation: str, *, launched_a
     lines = _shown(stream)
     status = _status(home)
     outcome = json.loads(home.outcome.read_text()) if home.outcome.exists() else {}
-    if outcome.get("kind") == "config":
-        raise ConfigError(outcome["error"])
-    if "error" in outcome:
-        raise SimulationError(outcome["error"])
+    _raise_for(outcome, lines)
     run_dir = Path(outcome.get("run_dir", ""))
     if status != "finished:completed" or not (run_dir / "summary.json").is_file():
         raise SimulationError(_with_last_lines(f"Flower's simulation ended as {status}", lines))
     return run_dir
 
 
+def _raise_for(outcome: Mapping[str, str], lines: list[str]) -> None:
+    """Raise what the ServerApp raised, if it did, in words for the person at the terminal."""
+    kind, error = outcome.get("kind"), outcome.get("error", "")
+    if kind == "config":
+        raise ConfigError(error)
+    if kind == "known":
+        raise SimulationError(error)
+    if kind is not None:
+        raise SimulationError(_with_last_lines(f"the run failed with {kind}: {error}", lines))
+
+
 def _shown(stream: subprocess.Popen[str]) -> list[str]:
     """Show a run's log until it ends, if logs are shown; return its last lines; chatter aside."""
     quiet = not log.isEnabledFor(logging.INFO)
     kept: deque[str] = deque(maxlen=200)
-    lines: Iterator[str] = stream.stdout if stream.stdout is not None else iter(())
-    try:
-        for line in lines:
-            if not _CHATTER.match(line):
-                kept.append(line.rstrip())
-                if not quiet:
-                    typer.echo(line.rstrip(), err=True)
-        stream.wait()
-    finally:
-        stream.kill()
-        stream.wait()
+    with stream:
+        lines: Iterator[str] = stream.stdout if stream.stdout is not None else iter(())
+        try:
+            for line in lines:
+                if not _CHATTER.match(line):
+                    kept.append(line.rstrip())
+                    if not quiet:
+                        typer.echo(line.rstrip(), err=True)
+        finally:
+            stream.kill()
     return list(kept)
 
 

@@ -213,7 +213,8 @@ def test_a_simulation_that_breaks_down_ends_with_the_last_lines_of_its_log_and_e
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "by nought" in done.stderr
+    assert done.stderr.startswith("Error: the run failed with ZeroDivisionError: by nought;")
+    assert "own.py" in done.stderr  # the traceback's last lines
 
 
 @pytest.mark.slow

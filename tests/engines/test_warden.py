@@ -13,6 +13,8 @@ import pytest
 from flower_process import processes_of
 from helpers import environment
 
+pytestmark = pytest.mark.slow
+
 # A process whose child, in a session of its own, outlives it.
 ORPHANING = (
     "import subprocess, sys, time;"
