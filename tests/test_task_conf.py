@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,12 @@ from fl_app.tasks.digits import Digits
 from fl_app.tasks.models import Mlp, SmallCnn
 
 CONF = Path(__file__).parents[1] / "conf"
+# A file without a class of its own changes another one's values: `skewed`, of `dirichlet`.
 FILES = sorted(
-    path for group in ("task", "task/model", "partition") for path in CONF.glob(f"{group}/*.yaml")
+    path
+    for group in ("task", "task/model", "partition")
+    for path in CONF.glob(f"{group}/*.yaml")
+    if "_target_" in path.read_text()
 )
 
 
@@ -36,11 +40,21 @@ def test_the_keys_of_a_file_are_the_fields_of_its_class_at_their_defaults(path):
             assert value == (list(default) if isinstance(default, tuple) else default)
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("partition/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent.name == "partition"], ids=lambda path: path.stem
+)
 def test_every_partition_is_built_from_its_file(path):
     config = composed(f"+partition={path.stem}")
     partition = instantiate(config.partition, _convert_="object")
     assert type(partition).__name__.lower() == path.stem
+
+
+def test_skewed_is_dirichlet_with_fewer_classes_a_client():
+    skewed, dirichlet = (
+        instantiate(composed(f"+partition={name}").partition, _convert_="object")
+        for name in ("skewed", "dirichlet")
+    )
+    assert skewed == replace(dirichlet, alpha=0.1, min_partition_size=10)
 
 
 def test_the_model_of_a_task_is_chosen_by_its_own_group():
