@@ -106,7 +106,7 @@ def runtime(*overrides: str) -> tuple[ClientRuntime, Components, TrainInstructio
         task=parts.task,
         data=parts.data,
         training=parts.training,
-        objective=parts.composition.objective,
+        objective=parts.algorithm.objective,
         seed=parts.seed,
         states=MemoryClientState(),
     )

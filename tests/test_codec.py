@@ -215,7 +215,8 @@ def test_a_flipped_byte_is_malformed_or_another_value_of_the_same_shape(position
 def instruction(kind: str = MessageType.TRAIN, *, ttl: float = 60.0) -> Message:
     arrays = encode_params({"w": torch.tensor([1.0, 2.0])})
     make = codec.train_messages if kind == MessageType.TRAIN else codec.evaluate_messages
-    return make([5], arrays, ConfigRecord({"lr": 0.1}), round=7, ttl=ttl)[0]
+    content = codec.instruction(arrays, ConfigRecord({"lr": 0.1}), round=7)
+    return make({5: content}, round=7, ttl=ttl)[0]
 
 
 def carried(message: Message) -> Message:
@@ -309,7 +310,8 @@ def test_an_instruction_that_has_waited_has_less_time_left() -> None:
 
 def test_instructions_of_a_round_share_one_model_and_are_numbered_by_node() -> None:
     arrays = encode_params({"w": torch.zeros(1)})
-    messages = codec.train_messages([4, 2], arrays, ConfigRecord(), round=3, ttl=9.0)
+    content = codec.instruction(arrays, ConfigRecord(), round=3)
+    messages = codec.train_messages({4: content, 2: content}, round=3, ttl=9.0)
     assert [m.metadata.dst_node_id for m in messages] == [4, 2]
     assert {m.metadata.group_id for m in messages} == {"3"}
     assert {m.metadata.ttl for m in messages} == {9.0}
@@ -319,7 +321,8 @@ def test_instructions_of_a_round_share_one_model_and_are_numbered_by_node() -> N
 
 def test_a_model_is_decoded_anew_once_another_record_comes() -> None:
     zero = encode_params({"w": torch.zeros(1)})
-    (first,) = codec.train_messages([1], zero, ConfigRecord(), round=1, ttl=9.0)
+    content = codec.instruction(zero, ConfigRecord(), round=1)
+    (first,) = codec.train_messages({1: content}, round=1, ttl=9.0)
     assert codec.decode_model(first)["w"].tolist() == [0.0]
     assert codec.decode_model(instruction())["w"].tolist() == [1.0, 2.0]
     assert codec.decode_model(first)["w"].tolist() == [0.0]
