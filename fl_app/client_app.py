@@ -40,7 +40,7 @@ def _discreet(handler: _Handler) -> _Handler:
         except Exception as error:
             if _is_in_process(context):
                 raise
-            if isinstance(error, FlAppError):
+            if isinstance(error, FlAppError) and not _quotes_others(error):
                 log.warning("This client fails: %s", error)
                 return codec.error_reply(message, error)
             log.exception("This client failed; the server is told the kind of error alone.")
@@ -48,6 +48,11 @@ def _discreet(handler: _Handler) -> _Handler:
             return codec.error_reply(message, told)
 
     return handle
+
+
+def _quotes_others(error: FlAppError) -> bool:
+    """Return whether an error of ours was made of one that is not, such as a loss function's."""
+    return error.__cause__ is not None and not isinstance(error.__cause__, FlAppError)
 
 
 class ClientFailedError(FlAppError):

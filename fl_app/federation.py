@@ -7,11 +7,10 @@ their content are a contract; see README, "What a run leaves".
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
-import random
+import secrets
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -20,21 +19,19 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
-from flwr.superlink.grid import InMemoryGrid
 
 from fl_app.algorithm import ServerState
 from fl_app.attacks import NoAttack
 from fl_app.checkpoint import Checkpoints
 from fl_app.config import Components, build, check_stopping, make_tracker, to_json, to_yaml
-from fl_app.directory import Directory, KnowsClients, QueryDirectory, describe
 from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
+from fl_app.population import directory_of, engine_of, record_partition, some_of
 from fl_app.rounds import Run, resume_from_checkpoint, run_rounds, writing_to
 from fl_app.run_config import file_name, local_path
 from fl_app.strategy import FederatedStrategy
 from fl_app.tracking.base import Tracker, Trackers
 from fl_app.tracking.console import ConsoleProgress
-from fl_app.tracking.partition_plot import Partition, has_partition, write_partition
 from fl_app.tracking.report import write_report
 from fl_app.tracking.rounds_file import RoundsFile, iter_reports
 from fl_app.tracking.summary import (
@@ -47,9 +44,7 @@ from fl_app.tracking.summary import (
 )
 from fl_app.training import evaluate
 from fl_app.types import (
-    ClientId,
     ConfigError,
-    EmptyCohortError,
     Evaluation,
     InterruptedRunError,
     Params,
@@ -59,11 +54,6 @@ from fl_app.types import (
 )
 
 log = logging.getLogger(__name__)
-
-MOST_DESCRIBED = 100
-"""Clients, at most, whose share of the records is shown."""
-PATIENCE_S = 120.0
-"""Seconds that a run waits for the clients it needs before its first round."""
 
 
 def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float) -> Path:
@@ -166,9 +156,9 @@ def _set_up(
 ) -> tuple[Run, int | None]:
     """Return the run, at its beginning or where its last checkpoint was, and that round."""
     initial, trainable = start
-    directory = _directory_of(grid, components)
+    directory = directory_of(grid, components)
     run = Run(
-        name=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+        name=_run_name(run_dir),
         strategy=FederatedStrategy(
             algorithm=components.algorithm,
             selector=components.selector,
@@ -195,7 +185,7 @@ def _set_up(
     saved = {**config, "resume": None, "run_dir": str(run_dir)}
     with writing_to(run_dir):
         write_atomically(run_dir / "config.yaml", to_yaml(saved).encode())
-    _record_partition(grid, directory, config, run_dir)
+    record_partition(grid, directory, config, run_dir)
     if not config["resume"]:
         return run, None
     resumed_from = resume_from_checkpoint(run)
@@ -204,6 +194,18 @@ def _set_up(
         run.strategy.resume(ServerState(round=0, params=params))
     log.info("Resumed after round %d.", resumed_from)
     return run, resumed_from
+
+
+def _run_name(run_dir: Path) -> str:
+    """Return the name by which clients keep what they remember of this run, made once in it.
+
+    Not made of the folder's path: a folder may be deleted, and its name used again.
+    """
+    path = run_dir / ".run"
+    if not path.exists():
+        with writing_to(run_dir):
+            write_atomically(path, secrets.token_hex(8).encode())
+    return path.read_text()
 
 
 def initial_model(components: Components, path: str | None) -> tuple[Params, frozenset[str]]:
@@ -216,113 +218,6 @@ def initial_model(components: Components, path: str | None) -> tuple[Params, fro
         model = components.task.build_model()
     params = read_params(model)
     return load_model(path, params) if path else params, trainable_names(model)
-
-
-def wait_for_nodes(grid: Grid, *, patience_s: float | None = None, settle_s: float = 0.5) -> int:
-    """Return how many nodes are connected, once there are some and no more come.
-
-    Flower's simulation registers its nodes one by one while the ServerApp is already running.
-
-    Args:
-        grid: Reaches the nodes.
-        patience_s: Seconds to wait for the first; None for what suits the runtime.
-        settle_s: Seconds without another that count as "no more come".
-
-    Raises:
-        EmptyCohortError: None came.
-    """
-    if patience_s is None:
-        patience_s = 10.0 if isinstance(grid, InMemoryGrid) else PATIENCE_S
-    count, since = 0, time.monotonic()
-    while True:
-        connected, now = len(list(grid.get_node_ids())), time.monotonic()
-        if connected != count:
-            count, since = connected, now
-        if count and now - since >= settle_s:
-            return count
-        if not count and now - since >= patience_s:
-            raise EmptyCohortError(
-                f"no SuperNode is connected, {patience_s:.0f} s after the start; a federation "
-                "needs at least one. In a simulation, ask for some: flwr run . "
-                "--federation-config 'num-supernodes=10'; in a deployment, start SuperNodes first."
-            )
-        time.sleep(min(settle_s, 0.1))
-
-
-def _directory_of(grid: Grid, components: Components) -> Directory:
-    """Return who the clients are, once enough are known; say so if nodes and population differ."""
-    count = components.selector.min_clients
-    if isinstance(grid, KnowsClients):
-        wait_for_clients(grid.directory, count)
-        return grid.directory
-    simulated = isinstance(grid, InMemoryGrid)
-    # A simulated node answers once its actor has started, which takes long on a busy machine; but
-    # all there will ever be are there from the beginning.
-    directory = QueryDirectory(grid, timeout_s=300.0 if simulated else 60.0)
-    wait_for_clients(directory, count, patience_s=0.0 if simulated else PATIENCE_S)
-    nodes, population = len(list(grid.get_node_ids())), len(components.data.clients)
-    if nodes != population:
-        idle = (
-            f"{nodes - population} nodes own nothing and take no part"
-            if nodes > population
-            else f"{population - nodes} clients take no part"
-        )
-        log.warning(
-            "%d nodes are connected, but the population (partition.num_clients) is %d: node i is "
-            "client i, so %s. Leave partition.num_clients out to have as many clients as nodes, or "
-            "connect %d nodes (in a simulation: --federation-config 'num-supernodes=%d').",
-            *(nodes, population, idle, population, population),
-        )
-    return directory
-
-
-def wait_for_clients(directory: Directory, count: int, *, patience_s: float = PATIENCE_S) -> None:
-    """Return once ``count`` clients are known.
-
-    Raises:
-        EmptyCohortError: They did not come.
-    """
-    deadline = time.monotonic() + patience_s
-    while (known := len(directory.clients())) < count:
-        if time.monotonic() >= deadline:
-            refusals = directory.refusals if isinstance(directory, QueryDirectory) else {}
-            reason = f" Node {min(refusals)} said: {refusals[min(refusals)]}" if refusals else ""
-            within = f" within {patience_s:.0f} s" if patience_s else ""
-            raise EmptyCohortError(
-                f"selection.min_clients={count}, but only {known} clients came{within}: start "
-                f"more, or lower it.{reason}"
-            )
-        log.info("Waiting for clients: %d of %d are here.", known, count)
-        time.sleep(1.0)
-
-
-def _some(clients: Sequence[ClientId], count: int, *, seed: int) -> Sequence[ClientId]:
-    """Return all clients, or ``count`` of them drawn from the seed if there are more."""
-    if count >= len(clients):
-        return clients
-    generator = random.Random(stream_seed(seed, Role.FAIRNESS))
-    return [clients[position] for position in sorted(generator.sample(range(len(clients)), count))]
-
-
-def _record_partition(
-    grid: Grid, directory: Directory, config: Mapping[str, Any], run_dir: Path
-) -> None:
-    """Write how records are spread over the clients, or over some of them, once in a run."""
-    most = min(config["fairness_clients"], MOST_DESCRIBED)
-    if not most or has_partition(run_dir):
-        return
-    clients = directory.clients()
-    some = _some(clients, most, seed=config["seed"])
-    told = describe(grid, directory, some, timeout_s=60.0)
-    with writing_to(run_dir):
-        write_partition(Partition(population=len(clients), described=tuple(told)), run_dir)
-
-
-def engine_of(grid: Grid) -> str:
-    """Return which engine carries the messages: what a run was, whatever it was asked to be."""
-    if isinstance(grid, KnowsClients):
-        return "local"
-    return "simulation" if isinstance(grid, InMemoryGrid) else "deployment"
 
 
 def _evaluator(components: Components) -> Callable[[Params], Evaluation] | None:
@@ -353,7 +248,7 @@ def _conclude(
     """Measure the final model and write what a run leaves."""
     params = run.strategy.state.params
     clients = run.strategy.clients()
-    asked = _some(clients, config["fairness_clients"], seed=components.seed)
+    asked = some_of(clients, config["fairness_clients"], seed=components.seed)
     evaluations = run.strategy.evaluate_clients(run.grid, asked) if asked else {}
     accuracies = {
         client: evaluation.metrics["accuracy"]

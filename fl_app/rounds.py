@@ -33,8 +33,9 @@ class RunFolderError(FlAppError):
     """The run's folder cannot be written: not allowed, or the disk is full."""
 
 
-POLL_S = 0.2
-"""Seconds between two looks for replies on a Grid that does not wait by itself."""
+POLL_S = (0.005, 0.2)
+"""Seconds between the first two looks for replies on a Grid that does not wait by itself, and at
+most; doubled in between, so that waiting costs neither a quick round time nor a slow one work."""
 
 
 @runtime_checkable
@@ -150,13 +151,16 @@ def exchange(
     """
     pending = {identifier for identifier in grid.push_messages(list(messages)) if identifier}
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    pause, longest = POLL_S
     while pending:
         for reply in grid.pull_messages(list(pending)):
             pending.discard(reply.metadata.reply_to_message_id)
+            pause = POLL_S[0]
             yield reply
         if not pending or (deadline is not None and time.monotonic() >= deadline):
             return
-        time.sleep(POLL_S)
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
 
 
 def save_checkpoint(run: Run) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
-from helpers import REPOSITORY, environment, fl_app, rounds_of
+from flower_process import flower
+from helpers import REPOSITORY, environment, fl_app, rounds_of, summary_of
 
 from fl_app.cli import _main
 
@@ -71,6 +72,26 @@ def test_the_section_of_the_readme_runs_on_every_engine_with_the_same_bits(tmp_p
     assert (first["task"], first["rounds"], first["clients"]) == ("rings", 10, 10)
     assert first["metrics"]["accuracy"] > 0.9
     assert {other["model_hash"] for other in others} == {first["model_hash"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_section_of_the_readme_runs_on_flowers_simulation_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    """On ours of it, and typed as ``flwr run``."""
+    command = unpack(tmp_path, "README.md", "Your own data and model")
+    local = shell(command, tmp_path, "rounds=2")
+    simulated = shell(command, tmp_path, "rounds=2", "engine=simulation")
+    with flower(tmp_path / "flwr", PYTHONPATH=f"{REPOSITORY}{os.pathsep}{tmp_path}") as flwr:
+        flwr.cwd.mkdir()
+        overrides = f"--config-dir={tmp_path / 'my_conf'} task=rings task.model.hidden=32 rounds=2"
+        played = flwr.run(overrides=overrides, supernodes=10)
+        assert played.status == "finished:completed", played.log
+        (typed,) = flwr.run_dirs()
+    for run_dir in (simulated, typed):
+        assert rounds_of(run_dir) == rounds_of(local)
+        assert summary_of(run_dir)["model_hash"] == summary_of(local)["model_hash"]
 
 
 def test_that_section_is_short() -> None:

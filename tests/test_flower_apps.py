@@ -18,7 +18,7 @@ from fl_app import client_app, server_app
 from fl_app.codec import decode_description, failure_of, query_messages
 from fl_app.config import compose_config, from_run_config, to_json
 from fl_app.engines.local import adopt_identity
-from fl_app.federation import wait_for_nodes
+from fl_app.population import wait_for_nodes
 from fl_app.types import ConfigError, EmptyCohortError
 
 QUICK = "task/model=logistic client.epochs=1 rounds=1 progress=none"

@@ -37,7 +37,8 @@ LAYERS = [
     ["strategy"],
     ["rounds", "preflight"],
     ["schema", "config"],
-    ["client_app", "federation", "plan"],
+    ["client_app", "population", "plan"],
+    ["federation"],
     ["server_app"],
     ["engines"],
     ["launch"],
@@ -49,7 +50,7 @@ HOMES = {
     "hydra": {"config", "cli", "launch", "run_config", "schema", "sweep"},
     "omegaconf": {"config", "cli", "launch", "run_config", "schema", "sweep"},
     "flwr": {"arrays", "codec", "directory", "algorithm", "flower_strategy", "strategy", "rounds"}
-    | {"federation", "client_app", "server_app", "foreign", "engines"},
+    | {"federation", "population", "client_app", "server_app", "foreign", "engines"},
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy"},
     "dp_accounting": {"privacy"},
