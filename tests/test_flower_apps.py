@@ -185,7 +185,7 @@ def test_a_mistake_ends_the_server_app_with_one_message(
 def test_nodes_that_differ_from_the_population_are_said_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fl_app import federation
+    from fl_app import population
     from fl_app.config import build
     from fl_app.engines.local import LocalEngine
 
@@ -194,9 +194,9 @@ def test_nodes_that_differ_from_the_population_are_said_in_one_line(
     components = build(to_json(config))
     adopt_identity()
     with LocalEngine().grid(["0", "1", "2", "3"], run_config) as grid:
-        monkeypatch.setattr(federation, "KnowsClients", type("Nobody", (), {}))
+        monkeypatch.setattr(population, "KnowsClients", type("Nobody", (), {}))
         with caplog.at_level(logging.WARNING):
-            directory = federation._directory_of(grid, components)
+            directory = population.directory_of(grid, components)
     assert list(directory.clients()) == ["0", "1", "2", "3"]
     (line,) = [r.getMessage() for r in caplog.records if "nodes are connected" in r.getMessage()]
     assert "4 nodes are connected, but the population (partition.num_clients) is 6" in line
