@@ -200,14 +200,15 @@ def test_a_simulation_that_breaks_down_ends_with_the_last_lines_of_its_log_and_e
     tmp_path: Path, marked: str
 ) -> None:
     (tmp_path / "own.py").write_text(
-        "import os, sys\n"
-        "from fl_app.aggregation import WeightedMean\n"
-        "class Dies(WeightedMean):\n"
-        "    def __call__(self, updates):\n"
-        "        raise ZeroDivisionError('by nought')\n"
+        "from fl_app.selection import Uniform\n"
+        "class Dies(Uniform):\n"
+        "    def positions(self, population, size, *, round, seed):\n"
+        "        if round == 2:\n"
+        "            raise ZeroDivisionError('by nought')\n"
+        "        return super().positions(population, size, round=round, seed=seed)\n"
     )
     done = fl_app(
-        *("run", "--json", *TINY, SIMULATION, "strategy.aggregation._target_=own.Dies"),
+        *("run", "--json", *TINY, SIMULATION, "selection._target_=own.Dies"),
         cwd=tmp_path,
         path=tmp_path,
     )
