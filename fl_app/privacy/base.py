@@ -35,6 +35,7 @@ class Request:
         event: What it releases; None without privacy.
         delta: The delta at which the configuration counts, in (0, 1).
         num_examples: Records in the client's training part; stays on the client.
+        task: Name of the task, for owners who allow some tasks only.
     """
 
     client: ClientId
@@ -44,6 +45,7 @@ class Request:
     event: GaussianEvent | None
     delta: float
     num_examples: int
+    task: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

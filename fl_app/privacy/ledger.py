@@ -95,6 +95,11 @@ class Ledger:
         self._state = _State()
         self._threads = threading.RLock()
 
+    @property
+    def head_path(self) -> Path:
+        """Where the head lies."""
+        return self._files.head_path
+
     def charge(self, charges: Sequence[Charge]) -> None:
         """Write charges, all in one write and one sync; when it returns they are on the disk.
 
@@ -202,11 +207,16 @@ class Ledger:
                     state.take(entry.charge)
                 state.end = after
                 self._compare(head)
+            if state.end.seq < 0 and not self._files.is_new(file):
+                raise LedgerError(
+                    f"{self.path} does not begin as a ledger does: name another file for the "
+                    "ledger. Nothing was trained and nothing changed."
+                )
             if head is not None and head[0] > state.end.seq:
                 raise LedgerError(self._missing(head[0]))
             if head is None and state.end.seq > 0:
                 raise LedgerError(
-                    f"{self._files.head_path} is gone, and without it nobody can say whether "
+                    f"{self.head_path} is gone, and without it nobody can say whether "
                     f"entries are missing at the end of {self.path.name}. {RESTORE}"
                 )
             state.torn_bytes = size - state.end.offset
@@ -225,7 +235,7 @@ class Ledger:
         end = self._state.end
         if head is not None and head[0] == end.seq and head[1] != end.sha256:
             raise LedgerError(
-                f"{self.path}, line {end.seq + 1} is not the one that {self._files.head_path.name} "
+                f"{self.path}, line {end.seq + 1} is not the one that {self.head_path.name} "
                 f"names: the two are not of the same ledger. {RESTORE}"
             )
 

@@ -24,6 +24,7 @@ from fl_app.privacy.ledger_format import (
     NewerVersionError,
     Position,
     header,
+    is_begun_header,
     read_entry,
     read_head,
     read_header,
@@ -37,6 +38,7 @@ RESTORE = (
     '(PRIVACY.md, "When a ledger is damaged"). Nothing was trained and nothing changed.'
 )
 _OTHERS_WRITE = 0o022
+_MORE_THAN_A_HEADER = 4096
 
 
 class LedgerFile:
@@ -86,9 +88,8 @@ class LedgerFile:
         """
         self.exists()
         with self._opened(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as file:
-            # A file without a line and without a head is the trace of a crash in `_create`.
-            if not self.head_path.exists() and b"\n" not in os.pread(file, 4096, 0):
-                self._create(file, now)
+            if not self.head_path.exists():
+                self._begin(file, now)
             yield file
 
     def append(self, file: int, content: bytes, *, before: Position, after: Position) -> None:
@@ -152,6 +153,11 @@ class LedgerFile:
         except DamageError as error:
             raise LedgerError(f"{self.head_path} is damaged: {error}. {RESTORE}") from error
 
+    def is_new(self, file: int) -> bool:
+        """Return whether the file is empty, or holds a header or its beginning and no more."""
+        first, _, rest = os.pread(file, _MORE_THAN_A_HEADER, 0).partition(b"\n")
+        return not rest and is_begun_header(first)
+
     @contextmanager
     def _opened(self, flags: int, lock: int) -> Iterator[int]:
         try:
@@ -200,7 +206,13 @@ class LedgerFile:
             )
         _check_mode(self.path, found)
 
-    def _create(self, file: int, now: datetime) -> None:
+    def _begin(self, file: int, now: datetime) -> None:
+        """Make header and head, unless something stands there that no crash in here can leave.
+
+        The head is there before any entry is, so that a ledger with entries and none has lost it.
+        """
+        if not self.is_new(file):
+            return  # whoever reads it says what is wrong
         line, after = header(now)
         with self._or_as_before(file, Position()):
             os.ftruncate(file, 0)

@@ -136,6 +136,13 @@ def header(created: datetime) -> tuple[bytes, Position]:
     return line, Position(seq=0, sha256=_seal("", line), offset=len(line))
 
 
+def is_begun_header(content: bytes) -> bool:
+    """Return whether this is the beginning of a header of this version, or all of it."""
+    whole = header(utc_now())[0][:-1]
+    fixed = whole[: whole.index(b'"created":') + len(b'"created":')]
+    return len(content) <= len(whole) and content.startswith(fixed[: len(content)])
+
+
 def read_header(line: bytes) -> Position:
     """Return the place after the first line of a ledger.
 

@@ -235,6 +235,8 @@ def test_a_ledger_whose_making_was_cut_short_is_made_anew(tmp_path: Path, instan
     head_of(path).unlink()
     kept = {"empty": 0, "part of the header": 20, "no header's end": -1}.get(instant, len(header))
     path.write_bytes(header[:kept])
+    with Ledger(path).exclusively():
+        assert head_of(path).exists()  # before any entry is
     Ledger(path).charge(cohort(1))
     assert Ledger(path).verify().entries == 3
 
@@ -404,12 +406,15 @@ def test_a_newer_version_is_left_alone_with_the_way_out(tmp_path: Path) -> None:
     refused(path, r"line 1: it is of version 2, and this fl-app knows 1. Use the fl-app that wrote")
 
 
-@pytest.mark.parametrize("content", ["rounds: 3\n", "[]\n", '{"format":"other","version":1}\n'])
+@pytest.mark.parametrize("content", ["rounds: 3", "[]\n", '{"format":"other","version":1}\n'])
 def test_a_file_that_is_no_ledger_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text(content)
     path.chmod(0o600)
-    refused(path, "line 1 is damaged")
+    with pytest.raises(LedgerError, match="does not begin as a ledger does|line 1 is damaged"):
+        Ledger(path).charge(cohort(1))
+    assert path.read_text() == content
+    assert not head_of(path).exists()
 
 
 # Time, disk, locks.
