@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fl_app.ledger_cli import ledger_cli
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -27,6 +29,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated learning on Flower: one app for simulation and deployment.",
 )
+cli.add_typer(ledger_cli, name="ledger")
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 _JSON = Annotated[
     bool,

@@ -43,6 +43,7 @@ LAYERS = [
     ["engines"],
     ["launch"],
     ["sweep"],
+    ["ledger_cli"],
     ["cli", "__main__"],
 ]
 
