@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -215,6 +216,47 @@ def kill_and_compare(folder: Path, kills: int, seed: int) -> None:
 
 def test_what_was_trained_before_a_kill_is_in_the_ledger(tmp_path: Path) -> None:
     kill_and_compare(tmp_path, kills=40, seed=1)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_kill_before_or_after_any_call_of_the_system_does_no_damage(
+    tmp_path: Path, rounds: int
+) -> None:
+    """The instants between two calls are short: here each is hit, in a first charge and a later."""
+
+    def charge_and_die(path: Path, instant: int) -> None:
+        ledger, seen = Ledger(path, now=lambda: NOW), 0
+
+        def profile(frame: object, event: str, called: object) -> None:
+            nonlocal seen
+            if event in ("c_call", "c_return") and called.__module__ in ("posix", "fcntl", "_io"):
+                seen += 1
+                if seen == instant:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.setprofile(profile)
+        ledger.charge(cohort(9))
+        sys.setprofile(None)
+
+    instant, killed, contents = 0, True, set()
+    while killed:
+        instant += 1
+        folder = tmp_path / str(instant)
+        folder.mkdir()
+        path = folder / "ledger.jsonl"
+        if rounds:
+            written(folder, rounds=rounds)
+        child = in_a_child(lambda path=path, instant=instant: charge_and_die(path, instant))
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        found = len(list(Ledger(path)))
+        assert found in (3 * rounds, 3 * rounds + 3)
+        contents.add(found)
+        if path.exists():
+            Ledger(path).verify()
+        Ledger(path, now=lambda: NOW).charge(cohort(10))
+        assert Ledger(path).verify().entries == found + 3
+    assert instant > 20
+    assert len(contents) == 2
 
 
 @pytest.mark.slow
