@@ -37,8 +37,8 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-run: $(INSTALLED) ## Run the default experiment; change it with ARGS="strategy=fedprox rounds=5"
-	$(VENV)/bin/fl-app run $(ARGS)
+run: $(INSTALLED) ## Run the quickstart; change it with ARGS="strategy=fedprox rounds=5"
+	$(VENV)/bin/fl-app run experiment=quickstart $(ARGS)
 
 test: $(INSTALLED) ## Run the quick tests (minutes, no network)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(WORKERS) $(ARGS)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -16,7 +16,7 @@ from fl_app.aggregation import Aggregation, combine
 from fl_app.codec import instruction
 from fl_app.objective import LocalObjective
 from fl_app.server_optimizer import OptimizerFactory, apply_change
-from fl_app.types import ClientId, ClientUpdate, Params
+from fl_app.types import Budget, ClientId, ClientUpdate, Params
 
 Memory: TypeAlias = Mapping[str, Any]
 """What an algorithm remembers between rounds, as a tree (`fl_app.storage`)."""
@@ -31,20 +31,37 @@ class ServerState:
         params: Global model.
         memory: What the algorithm remembers, such as an optimizer's moments; None before its
             first step.
+        budgets: How the privacy budgets of clients stood when they last told.
+        spent: Clients that will take part no more: without budget, or declining.
     """
 
     round: int
     params: Params
     memory: Memory | None = None
+    budgets: Mapping[ClientId, Budget] = field(default_factory=dict)
+    spent: frozenset[ClientId] = frozenset()
 
     def to_tree(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"round": self.round, "params": dict(self.params), "memory": self.memory}
+        return {
+            "round": self.round,
+            "params": dict(self.params),
+            "memory": self.memory,
+            "budgets": {client: asdict(budget) for client, budget in self.budgets.items()},
+            "spent": sorted(self.spent),
+        }
 
     @staticmethod
     def from_tree(tree: Mapping[str, Any]) -> ServerState:
         """Return what `to_tree` kept."""
-        return ServerState(round=tree["round"], params=tree["params"], memory=tree["memory"])
+        budgets = {client: Budget(**budget) for client, budget in tree["budgets"].items()}
+        return ServerState(
+            round=tree["round"],
+            params=tree["params"],
+            memory=tree["memory"],
+            budgets=budgets,
+            spent=frozenset(tree["spent"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,8 @@
 
 One `ClientRuntime` serves all clients that live in its process: every one of them in
 ``engine=local``, those that its actor was given in a simulation, the site's own in a deployment.
-It speaks our types only; Flower's messages end in `fl_app.client_app`.
+It speaks our types only; Flower's messages end in `fl_app.client_app`. What may be done with the
+records is not its to decide: a `Guard` is asked, and paid, before they are touched.
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ from fl_app.attacks import Counts
 from fl_app.client_state import ClientStateStore
 from fl_app.objective import LocalObjective
 from fl_app.params import write_params
+from fl_app.privacy.base import Admission, PolicyError, Privacy, Request
+from fl_app.privacy.randomness import (
+    PrivacyRandomness,
+    reproducible_randomness_for_tests,
+    secret_randomness,
+)
+from fl_app.privacy.release import CLASSES, may_tell
+from fl_app.private_training import train_privately
+from fl_app.site import Site
 from fl_app.tasks.base import Task
 from fl_app.training import (
     LocalTraining,
@@ -60,6 +70,8 @@ class ClientRuntime:
         objective: What they minimise besides the loss.
         seed: The run's seed.
         states: Where a client's memory between rounds is kept.
+        privacy: What updates go through before they leave.
+        site: Allows each round and accounts for it, on behalf of the data's owners.
     """
 
     def __init__(
@@ -71,6 +83,8 @@ class ClientRuntime:
         objective: LocalObjective,
         seed: int,
         states: ClientStateStore,
+        privacy: Privacy,
+        site: Site,
     ) -> None:
         self._task = task
         self._data = data
@@ -78,6 +92,9 @@ class ClientRuntime:
         self._objective = objective
         self._seed = seed
         self.states = states
+        self._privacy = privacy
+        self._site = site
+        self._told = frozenset(name for name in CLASSES if may_tell(name, site.may_tell()))
         self._model = task.build_model()
         self._hostile = training.attack.hostile(data.clients, seed)
         self._conspiracy: tuple[Params, Sequence[Params]] | None = None
@@ -87,19 +104,59 @@ class ClientRuntime:
         """Who the clients are, and what they own."""
         return self._data
 
-    def train(self, client: ClientId, instruction: TrainInstruction) -> ClientUpdate:
+    def admit(
+        self, clients: Sequence[ClientId], instruction: TrainInstruction
+    ) -> list[Admission | FlAppError]:
+        """Pay for a round of these clients, in one synced write, before any of them is trained.
+
+        Returns:
+            For each the admission that `train` takes, or why it declines.
+        """
+        requests: dict[int, Request] = {}
+        answers: list[Admission | FlAppError] = []
+        for position, client in enumerate(clients):
+            answers.append(Admission(budget=None))
+            try:
+                requests[position] = self._request(client, instruction)
+            except FlAppError as error:
+                answers[position] = error
+        paid = self._site.guard(instruction.run_dir).admit(list(requests.values()))
+        for position, answer in zip(requests, paid, strict=True):
+            answers[position] = (
+                answer if isinstance(answer, FlAppError) else Admission(budget=answer)
+            )
+        return answers
+
+    def train(
+        self,
+        client: ClientId,
+        instruction: TrainInstruction,
+        *,
+        admission: Admission | None = None,
+    ) -> ClientUpdate:
         """Measure the received model on the client's own held-out part, train it, and report.
 
+        Args:
+            client: Whose records.
+            instruction: What the server asks.
+            admission: What `admit` gave for this client and round; None to ask for it here.
+
         Raises:
+            BudgetExhaustedError, PolicyError: The client declines; nothing was trained.
             ClientTimeoutError: The deadline passed.
             SimulatedFailureError: The configured failures hit this client and round.
         """
         patience = instruction.deadline_s
         deadline = None if patience is None else time.monotonic() + patience
         self._maybe_fail(client, instruction.round)
+        if admission is None:
+            [answer] = self.admit([client], instruction)
+            if isinstance(answer, FlAppError):
+                raise answer
+            admission = answer
         examples = self._data.examples_of(client)
         evaluation = None
-        if examples.test is not None:
+        if examples.test is not None and "evaluation" in self._told:
             write_params(self._model, instruction.params)
             evaluation = evaluate_quickly(self._model, self._task, examples.test)
         attack, hostile = self._training.attack, client in self._hostile
@@ -114,6 +171,11 @@ class ClientRuntime:
         if hostile:
             counts = Counts(clients=len(self._data.clients), hostile=len(self._hostile))
             delta = attack.forge(delta, partial(self._honest, instruction), counts)
+        delta, clipped = self._privacy.protect(
+            delta,
+            max_norm=instruction.max_norm,
+            randomness=self._randomness(client, instruction.round, "update"),
+        )
         if self._training.keep_optimizer_state:
             state = {_OPTIMIZER: trained.optimizer_state}
             self.states.of_run(instruction.run).put(client, state, round=instruction.round)
@@ -121,17 +183,22 @@ class ClientRuntime:
             client=client,
             round=instruction.round,
             delta=delta,
-            num_examples=len(examples.train),
-            metrics=trained.metrics,
+            num_examples=len(examples.train) if "num_examples" in self._told else 1,
+            metrics=trained.metrics if "metrics" in self._told else {},
             evaluation=evaluation,
+            budget=admission.budget,
+            clipped=clipped,
         )
 
     def evaluate(self, client: ClientId, params: Params) -> Evaluation:
         """Return all metrics of a model on the client's own held-out part.
 
         Raises:
+            PolicyError: It may not be told.
             ConfigError: The client has no held-out part.
         """
+        if "evaluation" not in self._told:
+            raise PolicyError("measurements on this client's own records are withheld.")
         test = self._data.examples_of(client).test
         if test is None:
             raise ConfigError(
@@ -144,9 +211,34 @@ class ClientRuntime:
         """Return what the client is willing to tell about itself."""
         train = self._data.examples_of(client).train
         counts = None
-        if self._training.share_label_counts and not train.targets.is_floating_point():
+        shares = self._training.share_label_counts and "label_counts" in self._told
+        if shares and not train.targets.is_floating_point():
             counts = tuple(torch.bincount(train.targets).tolist())
-        return ClientDescription(client=client, num_examples=len(train), label_counts=counts)
+        size = len(train) if "num_examples" in self._told else None
+        return ClientDescription(client=client, num_examples=size, label_counts=counts)
+
+    def _request(self, client: ClientId, instruction: TrainInstruction) -> Request:
+        train = self._data.examples_of(client).train
+        self._site.check_records(train)
+        num_examples = len(train)
+        event = self._privacy.event(
+            num_examples, batch_size=self._training.batch_size, epochs=self._training.epochs
+        )
+        return Request(
+            client=client,
+            run=instruction.run,
+            round=instruction.round,
+            unit=self._privacy.unit,
+            event=event,
+            delta=self._privacy.delta,
+            num_examples=num_examples,
+            task=self._task.name,
+        )
+
+    def _randomness(self, client: ClientId, round: int, use: str) -> PrivacyRandomness:
+        if self._privacy.secret:
+            return secret_randomness()
+        return reproducible_randomness_for_tests(self._seed, f"{client}/{round}/{use}")
 
     def _train(
         self,
@@ -157,14 +249,25 @@ class ClientRuntime:
         optimizer_state: Mapping[str, object] | None = None,
         deadline: float | None = None,
     ) -> TrainedModel:
-        return train_locally(
+        training, round = self._training, instruction.round
+        plan = self._privacy.steps(
+            len(examples.train), batch_size=training.batch_size, epochs=training.epochs
+        )
+        train = (
+            train_locally
+            if plan is None
+            else partial(
+                train_privately, plan=plan, secret=self._randomness(client, round, "training")
+            )
+        )
+        return train(
             self._model,
             self._task,
             examples,
-            self._training,
+            training,
             self._objective,
             instruction.params,
-            Randomness(seed=self._seed, round=instruction.round, client=client),
+            Randomness(seed=self._seed, round=round, client=client),
             optimizer_state=optimizer_state,
             deadline=deadline,
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import TypeAlias
@@ -14,13 +17,18 @@ from flwr.clientapp import ClientApp
 from fl_app import codec
 from fl_app.client import ClientRuntime
 from fl_app.client_state import ClientStateStore, DiskClientState, MemoryClientState
-from fl_app.config import adopt_threads, build, from_run_config, to_json
+from fl_app.components import adopt_threads, build
+from fl_app.config import from_run_config, to_json
+from fl_app.privacy.base import Admission
 from fl_app.run_config import local_path
-from fl_app.types import ClientId, ConfigError, FlAppError
+from fl_app.site import site_of
+from fl_app.types import Budget, ClientId, ConfigError, FlAppError
 
 log = logging.getLogger(__name__)
 
 app = ClientApp()
+
+_ADMITTED = "admitted"
 
 _Handler: TypeAlias = Callable[[Message, Context], Message]
 
@@ -65,7 +73,10 @@ def train(message: Message, context: Context) -> Message:
     """Train the received model, and measure it on the way, in one reply."""
     instruction = codec.decode_instruction(message)
     runtime = _runtime(context)
-    return codec.update_reply(message, runtime.train(_client(context, runtime), instruction))
+    update = runtime.train(
+        _client(context, runtime), instruction, admission=_admission(context.node_config)
+    )
+    return codec.update_reply(message, update)
 
 
 @app.evaluate()
@@ -110,15 +121,51 @@ def _client(context: Context, runtime: ClientRuntime) -> ClientId:
     return clients[position]
 
 
+def admit(
+    messages: Sequence[Message], clients: Sequence[ClientId], run_config: UserConfig
+) -> list[Message | UserConfig]:
+    """Pay for the training of a cohort of this process in one synced write, before it begins.
+
+    Returns:
+        For each instruction the error reply of a client that declines, or what to add to the node
+        config of one that is admitted.
+    """
+    runtime = _local_runtime(run_config)
+    answers = runtime.admit(clients, codec.decode_instruction(messages[0]))
+    return [
+        codec.error_reply(message, answer)
+        if isinstance(answer, FlAppError)
+        else {_ADMITTED: json.dumps(answer.budget and asdict(answer.budget))}
+        for message, answer in zip(messages, answers, strict=True)
+    ]
+
+
+def _admission(node_config: UserConfig) -> Admission | None:
+    """Return what `admit` put into a node's config; taken from the engine in this process alone."""
+    if _ADMITTED not in node_config or not node_config.get("in-process"):
+        return None
+    budget = json.loads(str(node_config[_ADMITTED]))
+    return Admission(budget=None if budget is None else Budget(**budget))
+
+
 def _runtime(context: Context) -> ClientRuntime:
     in_process = _is_in_process(context)
     partitions = context.node_config.get("num-partitions")
+    policy = context.node_config.get("policy")
     return _runtime_for(
         str(context.run_config.get("config-json") or ""),
         str(context.run_config.get("overrides") or ""),
         connected=partitions if isinstance(partitions, int) and not in_process else None,
         in_process=in_process,
+        simulated=in_process or _is_ray_actor(),
+        policy=None if policy is None else str(policy),
     )
+
+
+def _is_ray_actor() -> bool:
+    """Return whether this process is one of Flower's simulation."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _is_in_process(context: Context) -> bool:
@@ -126,14 +173,21 @@ def _is_in_process(context: Context) -> bool:
     return bool(context.node_config.get("in-process", 0))
 
 
-def local_states(run_config: UserConfig) -> MemoryClientState:
-    """Return what the clients of this process remember, for the engine that drives them."""
-    states = _runtime_for(
+def _local_runtime(run_config: UserConfig) -> ClientRuntime:
+    """Return what serves the clients of this process for the engine that drives them."""
+    return _runtime_for(
         str(run_config.get("config-json") or ""),
         str(run_config.get("overrides") or ""),
         connected=None,
         in_process=True,
-    ).states
+        simulated=True,
+        policy=None,
+    )
+
+
+def local_states(run_config: UserConfig) -> MemoryClientState:
+    """Return what the clients of this process remember, for the engine that drives them."""
+    states = _local_runtime(run_config).states
     if not isinstance(states, MemoryClientState):
         raise TypeError(f"Clients of this process remember in a {type(states).__name__}.")
     return states
@@ -141,7 +195,13 @@ def local_states(run_config: UserConfig) -> MemoryClientState:
 
 @lru_cache(maxsize=2)
 def _runtime_for(
-    config_json: str, overrides: str, *, connected: int | None, in_process: bool
+    config_json: str,
+    overrides: str,
+    *,
+    connected: int | None,
+    in_process: bool,
+    simulated: bool,
+    policy: str | None,
 ) -> ClientRuntime:
     """Return the runtime that serves this process's clients under a configuration.
 
@@ -151,6 +211,8 @@ def _runtime_for(
         connected: Nodes of the federation, if the node was told and it is not in process.
         in_process: Whether the engine that drives this process keeps what clients remember, in
             memory and in its checkpoints; else that lies on disk.
+        simulated: Whether the clients are.
+        policy: Path of the owner's policy that the node was started with, or None.
     """
     run_config = {"config-json": config_json, "overrides": overrides}
     config = from_run_config(run_config, connected=connected)
@@ -166,4 +228,12 @@ def _runtime_for(
         objective=components.algorithm.objective,
         seed=components.seed,
         states=states,
+        privacy=components.privacy,
+        site=site_of(
+            components.privacy,
+            task=components.task.name,
+            dealt=to_json({key: config[key] for key in ("task", "partition", "seed")}),
+            policy=policy,
+            simulated=simulated,
+        ),
     )

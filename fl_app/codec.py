@@ -36,6 +36,7 @@ from flwr.common.constant import ErrorCode
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
 from fl_app.params import num_bytes
 from fl_app.types import (
+    Budget,
     ClientDescription,
     ClientId,
     ClientUpdate,
@@ -50,22 +51,41 @@ _ROUND, _NUM_EXAMPLES, _TEST_NUM_EXAMPLES = "server-round", "num-examples", "tes
 _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
 _MOST_METRICS, _LONGEST_NAME, _MOST_LABELS = 64, 64, 10_000
-_RUN = "run"
+_RUN, _RUN_DIR, _MAX_NORM, _CLIPPED = "run", "run-dir", "max-norm", "clipped"
+_PRIVACY, _SPENT, _EPSILON = "privacy", "epsilon-spent", "epsilon"
+_DELTA, _ROUNDS_LEFT = "delta", "rounds-left"
+_REFUSED_CODE = 9_001  # beyond Flower's own codes: the client declines, and knows why
 _R = TypeVar("_R", ArrayRecord, MetricRecord, ConfigRecord)
 
 _FAILURE_KINDS = {
     ErrorCode.NODE_UNAVAILABLE: FailureKind.OFFLINE,
     ErrorCode.MESSAGE_UNAVAILABLE: FailureKind.TIMEOUT,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureKind.TIMEOUT,
+    _REFUSED_CODE: FailureKind.REFUSED,
 }
+
+_CODES: dict[str, int] = {
+    "ClientTimeoutError": ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    "BudgetExhaustedError": _REFUSED_CODE,
+    "PolicyError": _REFUSED_CODE,
+}
+"""Error codes by the names of exceptions that are not plain failures."""
 
 
 # Server side --------------------------------------------------------------------------------------
 
 
-def instruction_config(run: str, further: Mapping[str, Any]) -> ConfigRecord:
-    """Return what every instruction of the run of this name carries besides the model."""
-    return ConfigRecord({**further, _RUN: run})
+def instruction_config(
+    run: str, further: Mapping[str, Any], *, run_dir: str | None = None
+) -> ConfigRecord:
+    """Return what every instruction of the run of this name carries besides the model.
+
+    Args:
+        run: The run's name.
+        further: What the configuration adds for ClientApps of others.
+        run_dir: The run's folder, for simulated clients alone.
+    """
+    return ConfigRecord({**further, _RUN: run, **({_RUN_DIR: run_dir} if run_dir else {})})
 
 
 def instruction(arrays: ArrayRecord, config: ConfigRecord, *, round: int) -> RecordDict:
@@ -137,6 +157,8 @@ def decode_update(reply: Message, client: ClientId) -> ClientUpdate:
         evaluation=_decode_evaluation(metrics),
         num_bytes=num_bytes(delta),
         num_bytes_uncompressed=num_bytes(delta),
+        budget=_decode_budget(reply),
+        clipped=_decode_bit(metrics),
     )
 
 
@@ -156,11 +178,11 @@ def decode_description(reply: Message) -> ClientDescription:
     """Return what a client tells about itself.
 
     Raises:
-        MalformedReplyError: It gives no id, or no count.
+        MalformedReplyError: It gives no id, or a count that is none.
     """
     told = _record(reply, _CLIENT, ConfigRecord)
     client, num_examples = told.get(_CLIENT_ID), told.get(_NUM_EXAMPLES)
-    if not isinstance(client, str) or not client or not isinstance(num_examples, int):
+    if not (isinstance(client, str) and client and isinstance(num_examples, int | None)):
         raise MalformedReplyError(f"client-id={client!r:.40}, num-examples={num_examples!r:.40}")
     return ClientDescription(
         client=client,
@@ -236,6 +258,33 @@ def model_replies(
     return replies
 
 
+def _decode_bit(metrics: MetricRecord) -> float | None:
+    """Return adaptive clipping's bit: whatever a client sends, a number in [0, 1]."""
+    bit = metrics.get(_CLIPPED)
+    if not isinstance(bit, int | float) or not math.isfinite(bit):
+        return None
+    return min(max(float(bit), 0.0), 1.0)
+
+
+def _decode_budget(reply: Message) -> Budget | None:
+    """Return what a client tells of its budget; None if it tells nothing that makes sense."""
+    record = reply.content.get(_PRIVACY)
+    if not isinstance(record, ConfigRecord):
+        return None
+    spent, limit, delta = (record.get(key) for key in (_SPENT, _EPSILON, _DELTA))
+    left = record.get(_ROUNDS_LEFT)
+    if not (isinstance(spent, float) and isinstance(delta, float)):
+        return None
+    if not (0 <= spent < math.inf and 0 < delta < 1):
+        return None
+    return Budget(
+        epsilon_spent=spent,
+        epsilon=limit if isinstance(limit, float) else None,
+        delta=delta,
+        rounds_left=left if isinstance(left, int) else None,
+    )
+
+
 # Client side --------------------------------------------------------------------------------------
 
 _last_model: tuple[ArrayRecord, Params] | None = None
@@ -256,12 +305,14 @@ def decode_model(instruction: Message) -> Params:
 def decode_instruction(instruction: Message) -> TrainInstruction:
     """Return what the server asks of a client."""
     config = cast(ConfigRecord, instruction.content[_CONFIG])
-    metadata = instruction.metadata
+    metadata, bound = instruction.metadata, config.get(_MAX_NORM)
     return TrainInstruction(
         round=cast(int, config[_ROUND]),
         params=decode_model(instruction),
         run=str(config.get(_RUN, ""))[:_LONGEST_NAME],
         deadline_s=metadata.created_at + metadata.ttl - time.time(),
+        max_norm=float(bound) if isinstance(bound, int | float) else None,
+        run_dir=str(config[_RUN_DIR]) if _RUN_DIR in config else None,
     )
 
 
@@ -270,9 +321,13 @@ def update_reply(instruction: Message, update: ClientUpdate) -> Message:
     metrics: dict[str, int | float] = {_NUM_EXAMPLES: update.num_examples}
     metrics |= {f"{_TRAIN}{name.replace('_', '-')}": v for name, v in update.metrics.items()}
     metrics |= _encode_evaluation(update.evaluation)
+    if update.clipped is not None:
+        metrics[_CLIPPED] = update.clipped
     content = RecordDict(
         {_ARRAYS: encode_params(update.delta), _METRICS: MetricRecord(dict(metrics))}
     )
+    if update.budget is not None:
+        content[_PRIVACY] = _encode_budget(update.budget)
     return Message(content, reply_to=instruction)
 
 
@@ -284,7 +339,9 @@ def evaluation_reply(instruction: Message, evaluation: Evaluation) -> Message:
 
 def description_reply(instruction: Message, told: ClientDescription) -> Message:
     """Return the reply that carries what a client tells about itself."""
-    config = ConfigRecord({_CLIENT_ID: told.client, _NUM_EXAMPLES: told.num_examples})
+    config = ConfigRecord({_CLIENT_ID: told.client})
+    if told.num_examples is not None:
+        config[_NUM_EXAMPLES] = told.num_examples
     if told.label_counts is not None:
         config[_LABEL_COUNTS] = list(told.label_counts)
     return Message(RecordDict({_CLIENT: config}), reply_to=instruction)
@@ -293,9 +350,17 @@ def description_reply(instruction: Message, told: ClientDescription) -> Message:
 def error_reply(instruction: Message, error: BaseException) -> Message:
     """Return the reply of a client that failed; as Flower's own runtimes give it."""
     reason = f"{type(error).__name__}: {error}"
-    late = type(error).__name__ == "ClientTimeoutError"
-    code = ErrorCode.REPLY_MESSAGE_UNAVAILABLE if late else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    code: int = _CODES.get(type(error).__name__, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
     return Message(Error(code=code, reason=reason), reply_to=instruction)
+
+
+def _encode_budget(budget: Budget) -> ConfigRecord:
+    record = ConfigRecord({_SPENT: budget.epsilon_spent, _DELTA: budget.delta})
+    if budget.epsilon is not None:
+        record[_EPSILON] = budget.epsilon
+    if budget.rounds_left is not None:
+        record[_ROUNDS_LEFT] = budget.rounds_left
+    return record
 
 
 def _encode_evaluation(evaluation: Evaluation | None) -> dict[str, int | float]:

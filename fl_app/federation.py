@@ -23,7 +23,8 @@ from flwr.serverapp import Grid
 from fl_app.algorithm import ServerState
 from fl_app.attacks import NoAttack
 from fl_app.checkpoint import Checkpoints
-from fl_app.config import Components, build, check_stopping, make_tracker, to_json, to_yaml
+from fl_app.components import Components, build, check_stopping, make_tracker, settled
+from fl_app.config import to_json, to_yaml
 from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
 from fl_app.population import directory_of, engine_of, record_partition, some_of
@@ -39,6 +40,7 @@ from fl_app.tracking.summary import (
     Times,
     config_hash,
     fairness_of,
+    privacy_of,
     totals_of,
     write_json_atomically,
 )
@@ -70,6 +72,7 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
         InterruptedRunError: Ctrl-C was pressed.
         EmptyCohortError: Too few clients came.
     """
+    config = settled(config)
     components = build(to_json(config))
     check_stopping(components)
     if engine_of(grid) == "deployment" and components.training.attack != NoAttack():
@@ -180,6 +183,7 @@ def _set_up(
         checkpoints=Checkpoints(run_dir / "checkpoints", keep=config["checkpoint_keep"]),
         checkpoint_every=config["checkpoint_every"],
         launched_at=launched_at,
+        told_run_dir=None if engine_of(grid) == "deployment" else str(run_dir.resolve()),
         train_config=components.client_app.train_config,
     )
     saved = {**config, "resume": None, "run_dir": str(run_dir)}
@@ -248,13 +252,15 @@ def _conclude(
     """Measure the final model and write what a run leaves."""
     params = run.strategy.state.params
     clients = run.strategy.clients()
-    asked = some_of(clients, config["fairness_clients"], seed=components.seed)
+    measured = "evaluation" in components.privacy.public
+    asked = some_of(clients, config["fairness_clients"] if measured else 0, seed=components.seed)
     evaluations = run.strategy.evaluate_clients(run.grid, asked) if asked else {}
     accuracies = {
         client: evaluation.metrics["accuracy"]
         for client, evaluation in evaluations.items()
         if "accuracy" in evaluation.metrics
     }
+    spent = [budget.epsilon_spent for budget in run.strategy.state.budgets.values()]
     totals = (
         totals_of(iter_reports(run.rounds_file.path)) if run.rounds_file.path.exists() else None
     )
@@ -275,6 +281,7 @@ def _conclude(
             per_round=totals.median_round_s if totals else None,
         ),
         fairness=fairness_of(accuracies),
+        privacy=privacy_of(components.privacy, spent),
         stopped_by=reason,
         resumed_from_round=resumed_from,
     )

@@ -57,7 +57,7 @@ def play(
         quiet: Whether nothing but warnings is to be shown on the way.
         mark: What each line of the log begins with.
     """
-    from fl_app.config import make_engine
+    from fl_app.components import make_engine
     from fl_app.tracking.console import log_handler, stderr_console
 
     logging.basicConfig(

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_app.config import build, check_stopping, make_engine, make_tracker, to_json
+from fl_app.components import build, check_stopping, make_engine, make_tracker
+from fl_app.config import to_json
 from fl_app.federation import initial_model
 from fl_app.params import num_bytes
 

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from fl_app.config import Components
+from fl_app.components import Components
 from fl_app.directory import Directory, KnowsClients, QueryDirectory, describe
 from fl_app.rounds import writing_to
 from fl_app.tracking.partition_plot import Partition, has_partition, write_partition

@@ -21,7 +21,7 @@ from fl_app.algorithm import ServerState
 from fl_app.checkpoint import Checkpoints
 from fl_app.codec import instruction_config
 from fl_app.stopping import Progress, Stopping, describe_stop
-from fl_app.strategy import FederatedStrategy
+from fl_app.strategy import BudgetsSpentError, FederatedStrategy
 from fl_app.tracking.base import Trackers
 from fl_app.tracking.rounds_file import RoundsFile
 from fl_app.types import Evaluation, FlAppError, Params, RoundReport, StopReason
@@ -69,6 +69,7 @@ class Run:
         checkpoints: Where checkpoints go.
         checkpoint_every: Rounds between two of them, or 0 for none; the last round has one.
         launched_at: `time.time` value at the start of the command.
+        told_run_dir: The run's folder, if clients are simulated and so may know it.
         train_config: What training instructions carry besides model and round.
         elapsed_before_s: Seconds that the run had taken before it was resumed.
         progress: What stopping remembers.
@@ -88,6 +89,7 @@ class Run:
     checkpoints: Checkpoints
     checkpoint_every: int
     launched_at: float
+    told_run_dir: str | None = None
     train_config: Mapping[str, Any] = field(default_factory=dict)
     elapsed_before_s: float = 0.0
     progress: Progress = field(default_factory=Progress)
@@ -106,7 +108,15 @@ def run_rounds(run: Run) -> StopReason:
         if number > run.rounds:
             run.stopped = StopReason.ROUNDS
             break
-        arrays, report = _play_round(run, number, arrays)
+        try:
+            arrays, report = _play_round(run, number, arrays)
+        except BudgetsSpentError as error:
+            log.warning("%s", error)
+            run.stopped = StopReason.BUDGET
+            log.info(describe_stop(run.stopped, number - 1))
+            if run.checkpoint_every:
+                save_checkpoint(run)
+            break
         with writing_to(run.rounds_file.path.parent):
             run.rounds_file.append(report)
         run.trackers.on_round(report)
@@ -124,7 +134,7 @@ def run_rounds(run: Run) -> StopReason:
 def _play_round(run: Run, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundReport]:
     """Play one round; return the global model after it, and what happened."""
     began = time.perf_counter()
-    config = instruction_config(run.name, run.train_config)
+    config = instruction_config(run.name, run.train_config, run_dir=run.told_run_dir)
     instructions = run.strategy.configure_train(number, arrays, config, run.grid)
     replies = exchange(run.grid, instructions, timeout_s=run.timeout_s)
     changed, _ = run.strategy.aggregate_train(number, replies)

@@ -10,11 +10,45 @@ from __future__ import annotations
 import math
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
-from fl_app.types import ClientId, ConfigError, Role, stream_seed
+from fl_app.types import ClientId, ConfigError, Role, client_order, stream_seed
+
+
+class Without(Sequence[ClientId]):
+    """A sequence of clients without some of them; lazy, so of any length.
+
+    Args:
+        clients: In canonical order; may be lazy.
+        removed: Who is left out.
+    """
+
+    def __init__(self, clients: Sequence[ClientId], removed: Collection[ClientId]) -> None:
+        self._clients = clients
+        positions = (
+            bisect_left(clients, client_order(client), key=client_order) for client in removed
+        )
+        gaps = sorted(p for p in positions if p < len(clients) and clients[p] in removed)
+        # How many are left before each gap: the k-th that is left lies behind as many gaps.
+        self._left_before = [gap - number for number, gap in enumerate(gaps)]
+
+    def __len__(self) -> int:
+        return len(self._clients) - len(self._left_before)
+
+    @overload
+    def __getitem__(self, index: int) -> ClientId: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ClientId]: ...
+    def __getitem__(self, index: int | slice) -> ClientId | Sequence[ClientId]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        position = index % len(self)
+        return self._clients[position + bisect_right(self._left_before, position)]
 
 
 class Selector(Protocol):

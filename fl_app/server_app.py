@@ -13,7 +13,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_app.config import adopt_threads, from_run_config
+from fl_app.components import adopt_threads
+from fl_app.config import from_run_config
 from fl_app.federation import run_federation
 from fl_app.population import wait_for_nodes
 from fl_app.types import ConfigError, FlAppError

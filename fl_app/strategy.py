@@ -27,14 +27,16 @@ from fl_app.codec import (
 from fl_app.directory import Directory, KnowsClients
 from fl_app.foreign import OurReplies, Replies
 from fl_app.params import num_bytes
-from fl_app.selection import Selector
+from fl_app.selection import Selector, Without
 from fl_app.types import (
     ClientId,
     ClientUpdate,
+    ConfigError,
     EmptyCohortError,
     Evaluation,
     Failure,
     FailureKind,
+    FlAppError,
     Params,
     Role,
     RoundReport,
@@ -46,6 +48,11 @@ from fl_app.types import (
 from fl_app.validation import UpdateChecks
 
 log = logging.getLogger(__name__)
+
+
+class BudgetsSpentError(FlAppError):
+    """Too few clients have any privacy budget left for another round."""
+
 
 NO_LIMIT_S = 12 * 3600.0
 """Time to live of a message in a round without a timeout; Flower's own default."""
@@ -105,17 +112,10 @@ class FederatedStrategy(Strategy):
 
         Raises:
             EmptyCohortError: There is no client at all.
+            BudgetsSpentError: Too few of them have any privacy budget left.
         """
-        clients = self._directory.clients()
-        if not clients:
-            raise EmptyCohortError(
-                f"Round {server_round}: no client is connected. Start clients, or raise the "
-                "number of simulated ones."
-            )
-        self._wanted = self._selector.wanted(len(clients))
-        cohort = self._selector.select(clients, round=server_round, seed=self._seed)
         self._asked, self._offline = {}, []
-        for client in cohort:
+        for client in self._drawn(server_round):
             node = self._directory.node_of(client)
             if node is None:
                 self._offline.append(
@@ -148,8 +148,11 @@ class FederatedStrategy(Strategy):
             and the cohort's mean metrics, or None if there are none.
         """
         updates, failures = self._collect(server_round, replies)
+        self._account(updates, failures)
         step = self._step(updates, server_round)
         metrics = _mean_metrics(updates)
+        budgets = self.state.budgets.values()
+        worst = max(budgets, key=lambda budget: budget.epsilon_spent, default=None)
         if step is not None:
             metrics = {**step.metrics, **metrics}
         self.report = RoundReport(
@@ -160,6 +163,8 @@ class FederatedStrategy(Strategy):
             failures=failures,
             client_metrics=metrics,
             client_accuracy=_accuracies(updates),
+            epsilon=worst.epsilon_spent if worst else None,
+            epsilon_budget=worst.epsilon if worst else None,
             uplink_bytes=sum(u.num_bytes for u in updates),
             downlink_bytes=len(self._asked) * num_bytes(self.state.params),
             uplink_uncompressed_bytes=sum(u.num_bytes_uncompressed for u in updates),
@@ -251,6 +256,54 @@ class FederatedStrategy(Strategy):
                 why = str(error).rstrip(".")
         log.warning("Round %d: %s; the model stays as it was.", round, why)
         return None
+
+    def _drawn(self, round: int) -> Sequence[ClientId]:
+        """Return the round's cohort.
+
+        The schedule that a seed gives is kept as long as it asks nobody who takes part no more:
+        privacy may have been planned by it. Otherwise the cohort is drawn among the others.
+        """
+        clients = self._directory.clients()
+        if not clients:
+            raise EmptyCohortError(
+                f"Round {round}: no client is connected. Start clients, or raise the number of "
+                "simulated ones."
+            )
+        self._wanted = self._selector.wanted(len(clients))
+        cohort = self._selector.select(clients, round=round, seed=self._seed)
+        if self.state.spent.isdisjoint(cohort):
+            return cohort
+        willing = Without(clients, self.state.spent)
+        self._wanted = self._wanted_of(len(willing), round)
+        return self._selector.select(willing, round=round, seed=self._seed)
+
+    def _wanted_of(self, count: int, round: int) -> int:
+        """Return how many updates a round of that many willing clients aggregates at most.
+
+        Raises:
+            BudgetsSpentError: They are too few.
+        """
+        try:
+            if count < self._selector.min_clients:
+                raise ConfigError(f"selection.min_clients={self._selector.min_clients}")
+            return self._selector.wanted(count)
+        except ConfigError as error:
+            raise BudgetsSpentError(
+                f"Round {round}: {len(self.state.spent)} clients have no privacy budget left or "
+                f"decline, and the other {count} are too few for a round ({error})"
+            ) from error
+
+    def _account(self, updates: Sequence[ClientUpdate], failures: Sequence[Failure]) -> None:
+        """Remember how budgets stand, and who declines: they are not asked again."""
+        told = {update.client: update.budget for update in updates if update.budget is not None}
+        done = {client for client, budget in told.items() if budget.rounds_left == 0}
+        refused = {f.client for f in failures if f.kind is FailureKind.REFUSED}
+        if told or refused:
+            self.state = replace(
+                self.state,
+                budgets={**self.state.budgets, **told},
+                spent=self.state.spent | done | refused,
+            )
 
     def _randomness(self, round: int) -> AbstractContextManager[None]:
         """Return a block in which an algorithm that draws at random does so from the run's seed."""

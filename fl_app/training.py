@@ -163,7 +163,7 @@ def train_locally(
     generator = randomness.batches()
     best = _BestEpoch(training.early_stopping_patience)
     loss_sum, epoch = torch.zeros(()), 0
-    with _layers_seeded(randomness.layers()), _others_restored(model, received):
+    with layers_seeded(randomness.layers()), _others_restored(model, received):
         for epoch in range(1, training.epochs + 1):
             loss_sum = torch.zeros(())
             for batch in _batches(examples.train, training.batch_size, generator):
@@ -181,7 +181,7 @@ def train_locally(
 
 
 @contextmanager
-def _layers_seeded(seed: int) -> Iterator[None]:
+def layers_seeded(seed: int) -> Iterator[None]:
     """Draw dropout masks from ``seed``, and leave torch's global generator as it was.
 
     A tenth of the time of ``torch.random.fork_rng`` with ``manual_seed``, which visit every

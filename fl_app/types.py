@@ -167,12 +167,33 @@ class TrainInstruction:
         params: The global model.
         run: Name of the run, the same after a resume; what clients remember is kept by it.
         deadline_s: Seconds the client has, or None for no limit.
+        run_dir: Folder of the run, told to simulated clients only.
+        max_norm: L2 bound C that an update is clipped to under client-level privacy, or None.
     """
 
     round: int
     params: Params
     run: str = ""
     deadline_s: float | None = None
+    run_dir: str | None = None
+    max_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """How a client's privacy budget stands after a round has been paid for.
+
+    Attributes:
+        epsilon_spent: Over all that the client's ledger holds, at ``delta``.
+        epsilon: Limit, or None if there is none.
+        delta: The owner's delta.
+        rounds_left: Further rounds like the one paid for; None without a limit.
+    """
+
+    epsilon_spent: float
+    epsilon: float | None
+    delta: float
+    rounds_left: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +208,8 @@ class ClientUpdate:
         metrics: Figures of the local training, such as the mean loss.
         evaluation: The *received* model on the client's own held-out part, or None.
         num_bytes: Size of ``delta`` as it was sent; ``num_bytes_uncompressed`` as float tensors.
+        budget: How the client's privacy budget stands, if there is one and it may be told.
+        clipped: Adaptive clipping's bit, 1.0 if the update was within the bound; None without it.
     """
 
     client: ClientId
@@ -197,6 +220,8 @@ class ClientUpdate:
     evaluation: Evaluation | None = None
     num_bytes: int = 0
     num_bytes_uncompressed: int = 0
+    budget: Budget | None = None
+    clipped: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,12 +230,12 @@ class ClientDescription:
 
     Attributes:
         client: Its stable id.
-        num_examples: Records it would train on.
+        num_examples: Records it would train on, or None if it does not tell.
         label_counts: Records of each class, or None if its configuration does not allow that.
     """
 
     client: ClientId
-    num_examples: int
+    num_examples: int | None
     label_counts: tuple[int, ...] | None = None
 
 
@@ -229,15 +254,17 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     ERROR = "error"
     REJECTED = "rejected"
+    REFUSED = "refused"
 
 
 class StopReason(StrEnum):
-    """Why a run ended: its rounds were done, its target reached, no progress, or no time left."""
+    """Why a run ended: rounds done, target reached, no progress, no time, or no privacy budget."""
 
     ROUNDS = "rounds"
     TARGET = "target"
     PLATEAU = "plateau"
     TIME = "time"
+    BUDGET = "budget"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +291,7 @@ class RoundReport:
             training, ``test_*`` of the received model on the clients' own held-out parts.
         client_accuracy: Client -> accuracy of the received model on its own held-out part.
         epsilon: Largest privacy loss a client has spent so far; None without privacy.
+        epsilon_budget: That client's limit, or None if it has none.
         uplink_bytes, downlink_bytes, uplink_uncompressed_bytes: Model bytes moved in this round.
         seconds: Wall-clock seconds of the round; the one entry that a rerun does not repeat.
     """
@@ -277,6 +305,7 @@ class RoundReport:
     client_metrics: Mapping[str, float] = field(default_factory=dict)
     client_accuracy: Mapping[ClientId, float] = field(default_factory=dict)
     epsilon: float | None = None
+    epsilon_budget: float | None = None
     uplink_bytes: int = 0
     downlink_bytes: int = 0
     uplink_uncompressed_bytes: int = 0

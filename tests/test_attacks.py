@@ -26,8 +26,10 @@ from fl_app.attacks import (
 )
 from fl_app.client import ClientRuntime
 from fl_app.client_state import MemoryClientState
-from fl_app.config import Components, build, compose_config, to_json
+from fl_app.components import Components, build
+from fl_app.config import compose_config, to_json
 from fl_app.federation import initial_model, run_federation
+from fl_app.site import SimulatedSite
 from fl_app.types import ClientExamples, ConfigError, Examples, Params, TrainInstruction
 
 COUNTS = Counts(clients=20, hostile=4)
@@ -109,6 +111,8 @@ def runtime(*overrides: str) -> tuple[ClientRuntime, Components, TrainInstructio
         objective=parts.algorithm.objective,
         seed=parts.seed,
         states=MemoryClientState(),
+        privacy=parts.privacy,
+        site=SimulatedSite(privacy=parts.privacy, data_set="test"),
     )
     return made, parts, TrainInstruction(round=3, params=initial_model(parts, None)[0])
 

@@ -377,7 +377,6 @@ def test_a_reply_without_evaluation_is_malformed_as_one() -> None:
     "told",
     [
         {},
-        {"client-id": "a"},
         {"client-id": "", "num-examples": 1},
         {"client-id": 5, "num-examples": 1},
         {"client-id": "a", "num-examples": "many"},

@@ -6,17 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import TINY, play, summary_of
+from helpers import play, summary_of
 
-from fl_app.config import (
-    build,
-    check_stopping,
-    compose_config,
-    from_run_config,
-    make_engine,
-    resumed_config,
-    to_json,
-)
+from fl_app.components import build, check_stopping, make_engine
+from fl_app.config import compose_config, from_run_config, resumed_config, to_json
 from fl_app.run_config import conf_dir
 from fl_app.types import ConfigError
 
@@ -199,9 +192,10 @@ def test_a_folder_whose_config_is_none_cannot_be_resumed(content: bytes, tmp_pat
         resumed_config(str(tmp_path), [])
 
 
-def test_the_default_run_is_the_quickstart() -> None:
-    def without_name(*overrides: str) -> dict[str, object]:
-        return {**compose_config(overrides), "name": None}
-
-    assert without_name() == without_name("experiment=quickstart")
-    assert TINY  # the tests' own recipe is a diff of it
+def test_the_quickstarts_differ_in_privacy_and_in_what_suits_it() -> None:
+    private, plain = (
+        compose_config([f"experiment={name}"]) for name in ("quickstart", "quickstart_no_dp")
+    )
+    differing = {key for key in private if private[key] != plain[key]}
+    assert differing == {"name", "privacy", "client"}
+    assert private["privacy"]["_target_"].endswith("RecordLevel")

@@ -186,7 +186,7 @@ def test_nodes_that_differ_from_the_population_are_said_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fl_app import population
-    from fl_app.config import build
+    from fl_app.components import build
     from fl_app.engines.local import LocalEngine
 
     config = compose_config([*TINY, f"run_dir={tmp_path}"])

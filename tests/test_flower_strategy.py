@@ -15,7 +15,8 @@ from flwr.serverapp import strategy as flower
 from helpers import fl_app, play, play_config, rounds_of, summary_of
 
 from fl_app.algorithm import ServerState
-from fl_app.config import build, compose_config, resumed_config, to_json
+from fl_app.components import build
+from fl_app.config import compose_config, resumed_config, to_json
 from fl_app.engines.local import adopt_identity
 from fl_app.flower_strategy import FlowerAlgorithm, StrategyError
 from fl_app.objective import OwnLoss, Proximal

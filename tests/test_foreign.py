@@ -14,7 +14,8 @@ from helpers import play_config, rounds_of, summary_of
 from safetensors.torch import load_file
 
 from fl_app.codec import MalformedReplyError
-from fl_app.config import build, compose_config, resumed_config, to_json
+from fl_app.components import build
+from fl_app.config import compose_config, resumed_config, to_json
 from fl_app.engines.local import adopt_identity
 from fl_app.foreign import ClientAppChoice, OurReplies, StockReplies
 from fl_app.types import ConfigError

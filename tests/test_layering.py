@@ -30,13 +30,16 @@ LAYERS = [
     ["robust_aggregation"],
     ["local_optimizer"],
     ["client_state", "checkpoint", "validation", "training", "arrays", "tracking"],
+    ["private_training"],
     ["codec"],
     ["foreign"],
+    ["site"],
     ["client", "directory", "algorithm"],
     ["flower_strategy"],
     ["strategy"],
-    ["rounds", "preflight"],
+    ["rounds", "preflight", "private_preflight"],
     ["schema", "config"],
+    ["components"],
     ["client_app", "population"],
     ["federation"],
     ["plan", "server_app"],
@@ -48,12 +51,12 @@ LAYERS = [
 ]
 
 HOMES = {
-    "hydra": {"config", "cli", "launch", "run_config", "schema", "sweep"},
+    "hydra": {"config", "components", "cli", "launch", "run_config", "schema", "sweep"},
     "omegaconf": {"config", "cli", "launch", "run_config", "schema", "sweep"},
     "flwr": {"arrays", "codec", "directory", "algorithm", "flower_strategy", "strategy", "rounds"}
     | {"federation", "population", "client_app", "server_app", "foreign", "engines"},
     "flwr_datasets": {"tasks"},
-    "opacus": {"privacy"},
+    "opacus": {"privacy", "private_preflight"},
     "dp_accounting": {"privacy"},
     "randomgen": {"privacy"},
     "wandb": {"tracking"},

@@ -20,7 +20,8 @@ from torch import nn
 
 from fl_app.client_state import MemoryClientState
 from fl_app.codec import decode_description, query_messages
-from fl_app.config import build, compose_config, to_json
+from fl_app.components import build
+from fl_app.config import compose_config, to_json
 from fl_app.directory import QueryDirectory, describe
 from fl_app.engines.local import InProcess, LocalDirectory, LocalEngine, LocalGrid, adopt_identity
 from fl_app.federation import initial_model

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fl_app.config import build, compose_config, to_json
+from fl_app.components import build
+from fl_app.config import compose_config, to_json
 from fl_app.local_optimizer import PlainSgd, make_local_optimizer
 
 

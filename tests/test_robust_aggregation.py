@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fl_app.aggregation import Aggregation, WeightedMean
 from fl_app.attacks import Counts, NotANumber, Scaled, safest_z, within_the_spread
-from fl_app.config import build, compose_config, to_json
+from fl_app.components import build
+from fl_app.config import compose_config, to_json
 from fl_app.params import l2_norm
 from fl_app.robust_aggregation import (
     Bulyan,

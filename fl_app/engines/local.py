@@ -11,25 +11,28 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_app import codec
+from fl_app.client_app import admit as admit_cohort
 from fl_app.client_app import app as client_app
 from fl_app.client_app import local_states
 from fl_app.client_state import MemoryClientState
-from fl_app.config import build, to_json
+from fl_app.components import build, settled
+from fl_app.config import to_json
 from fl_app.engines.workers import WorkerPool
 from fl_app.federation import run_federation
 from fl_app.foreign import SimulatedApp
 from fl_app.training import ClientTimeoutError
-from fl_app.types import ClientId, ConfigError, client_order
+from fl_app.types import ClientId, ConfigError, PrivacyUnit, client_order
 
 RUN_ID = 1
 """Flower's number of the one run that a process plays at a time."""
@@ -72,6 +75,7 @@ class LocalEngine:
     def run(self, config: Mapping[str, Any], *, launched_at: float) -> Path:
         """Play a run, or the rest of one; return its folder. Raises as `run_federation`."""
         torch.set_num_threads(self.threads)
+        config = settled(config)
         config_json = to_json(config)
         components = build(config_json)
         run_config = {**components.client_app.run_config, "config-json": config_json}
@@ -81,11 +85,14 @@ class LocalEngine:
 
     def grid(self, clients: Sequence[ClientId], run_config: UserConfig) -> LocalGrid:
         """Return a Grid over these clients that drives the ClientApp of the run config."""
+        components = build(str(run_config["config-json"]))
+        private = components.privacy.unit is not PrivacyUnit.NONE
+        admit = partial(admit_cohort, run_config=run_config) if private else None
         if self.workers == 1:
             app, states = simulated_clients(run_config)
             states.restore({})
-            return LocalGrid(clients, InProcess(app, run_config), states)
-        build(str(run_config["config-json"])).client_app.load()  # a bad one is told before workers
+            return LocalGrid(clients, InProcess(app, run_config), states, admit=admit)
+        components.client_app.load()  # a bad one is told before workers
         states = MemoryClientState()
         pool = WorkerPool(
             workers=self.workers, threads=self.threads, run_config=run_config, states=states
@@ -95,7 +102,7 @@ class LocalEngine:
         except BaseException:
             pool.close()
             raise
-        return LocalGrid(clients, pool, states, close=pool.close)
+        return LocalGrid(clients, pool, states, admit=admit, close=pool.close)
 
 
 def simulated_clients(
@@ -159,6 +166,7 @@ class LocalGrid(Grid):
         clients: Ids in canonical order; may be lazy.
         executor: Has instructions carried out.
         states: What clients remember; part of the run's checkpoints.
+        admit: Pays for the training of a cohort at once; None if there is nothing to pay.
         close: Called when the Grid is no longer needed.
     """
 
@@ -168,11 +176,14 @@ class LocalGrid(Grid):
         executor: Executor,
         states: MemoryClientState,
         *,
+        admit: Callable[[Sequence[Message], Sequence[ClientId]], list[Message | UserConfig]]
+        | None = None,
         close: Callable[[], None] | None = None,
     ) -> None:
         self.directory = LocalDirectory(clients)
         self._executor = executor
         self._states = states
+        self._admit = admit
         self._close = close
         self._run = Run.create_empty(RUN_ID)
         self._queue: dict[str, Message] = {}
@@ -223,17 +234,30 @@ class LocalGrid(Grid):
         """Yield the replies to these instructions, in the order in which they were pushed."""
         wanted = set(message_ids)
         due = [self._queue[identifier] for identifier in self._queue if identifier in wanted]
-        jobs = ((m, self.directory.node_config(m.metadata.dst_node_id)) for m in due)
+        admitted = self._admitted(due)
+        jobs = (
+            (message, {**self.directory.node_config(message.metadata.dst_node_id), **answer})
+            for message, answer in zip(due, admitted, strict=True)
+            if not isinstance(answer, Message)
+        )
         replies = self._executor.run(jobs)
         try:
-            for message in due:
-                reply = next(replies)
+            for message, answer in zip(due, admitted, strict=True):
+                reply = answer if isinstance(answer, Message) else next(replies)
                 self._queue.pop(message.metadata.message_id, None)
                 yield reply
         finally:
             replies.close()
             for message in due:
                 self._queue.pop(message.metadata.message_id, None)
+
+    def _admitted(self, due: Sequence[Message]) -> list[Message | UserConfig]:
+        """Return for each instruction what admits it, or the reply of a client that declines."""
+        training = bool(due) and due[0].metadata.message_type == MessageType.TRAIN
+        if self._admit is None or not training:
+            return [{} for _ in due]
+        clients = [self.directory.clients()[m.metadata.dst_node_id - 1] for m in due]
+        return self._admit(due, clients)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -29,7 +29,8 @@ from typing import Any
 
 import typer
 
-from fl_app.config import build, check_stopping, to_json
+from fl_app.components import build, check_stopping, settled
+from fl_app.config import to_json
 from fl_app.federation import initial_model
 from fl_app.run_config import local_path
 from fl_app.server_app import OUTCOME
@@ -133,6 +134,7 @@ class SimulationEngine:
             SimulationError: Flower did not complete the run.
         """
         config = _with_absolute_paths(config)
+        config = settled(config)
         components = build(to_json(config))  # before Flower starts: a mistake is answered at once
         check_stopping(components)
         initial_model(components, None if config["resume"] else config["initial_model"])

@@ -7,12 +7,28 @@ nothing in a configuration can raise what it allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fl_app.privacy.accounting import GaussianEvent
-from fl_app.types import ClientId, FlAppError, PrivacyUnit
+from fl_app.privacy.dp_sgd import DpSgd
+from fl_app.privacy.randomness import PoissonSampling, PrivacyRandomness
+from fl_app.types import Budget as Budget
+from fl_app.types import ClientId, FlAppError, Params, PrivacyUnit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordPlan:
+    """How one round trains on one client's records privately.
+
+    Attributes:
+        sampling: Its batches.
+        mechanism: One step.
+    """
+
+    sampling: PoissonSampling
+    mechanism: DpSgd
 
 
 class BudgetExhaustedError(FlAppError):
@@ -49,20 +65,82 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """How a client's budget stands after a round has been paid for.
+class Admission:
+    """A round of a client that may be trained: allowed, and paid for.
 
     Attributes:
-        epsilon_spent: Over all that the ledger holds, at ``delta``.
-        epsilon: Limit, or None if there is none.
-        delta: The owner's delta.
-        rounds_left: Further rounds like the one paid for; None without a limit.
+        budget: What the client tells of its budget after it; None if there is nothing to tell.
     """
 
-    epsilon_spent: float
-    epsilon: float | None
-    delta: float
-    rounds_left: int | None
+    budget: Budget | None
+
+
+class Privacy(Protocol):
+    """What a configuration asks for: ``privacy=NAME``."""
+
+    @property
+    def unit(self) -> PrivacyUnit:
+        """Whose presence is hidden."""
+        ...
+
+    @property
+    def delta(self) -> float:
+        """At which it counts, in (0, 1)."""
+        ...
+
+    @property
+    def accountant(self) -> str:
+        """Name of the accountant it counts by."""
+        ...
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The noise, or None if it differs between clients."""
+        ...
+
+    @property
+    def limit(self) -> float | None:
+        """Epsilon beyond which clients decline, as far as the configuration says; or None."""
+        ...
+
+    @property
+    def public(self) -> Collection[str]:
+        """What clients may tell as it is; see `fl_app.privacy.release`."""
+        ...
+
+    @property
+    def ledger(self) -> str | None:
+        """File that accounts for simulated clients; None for one in the run's folder."""
+        ...
+
+    @property
+    def secret(self) -> bool:
+        """Whether its randomness is the kind that nobody can repeat."""
+        ...
+
+    def event(self, num_examples: int, *, batch_size: int, epochs: int) -> GaussianEvent | None:
+        """Return what one round costs a client with that many records; None if nothing.
+
+        Raises:
+            ConfigError: Such a client cannot take part; the message says why.
+        """
+        ...
+
+    def steps(self, num_examples: int, *, batch_size: int, epochs: int) -> RecordPlan | None:
+        """Return how such a client's records are trained on privately; None if plainly."""
+        ...
+
+    def protect(
+        self, delta: Params, *, max_norm: float | None, randomness: PrivacyRandomness
+    ) -> tuple[Params, float | None]:
+        """Return an update as it may leave the client, and adaptive clipping's bit, if any.
+
+        Args:
+            delta: What training gave.
+            max_norm: Bound that the server asks for in this round, if it does.
+            randomness: Where noise comes from.
+        """
+        ...
 
 
 class Guard(Protocol):

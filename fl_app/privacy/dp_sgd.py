@@ -1,35 +1,15 @@
-"""DP-SGD on one client's records, by Opacus (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1).
+"""The mechanism of DP-SGD (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1).
 
 A step sums the clipped gradients of a Poisson batch, adds noise to the sum, and divides by the
-*expected* batch size. What a model keeps of all this is nothing: hooks and attributes are taken
-off again, and names carry no ``_module.`` prefix, because Opacus' hooks are attached without its
-wrapper module.
+*expected* batch size. `fl_app.privacy.private_steps` takes such steps, by Opacus.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
-import torch
-from opacus.grad_sample import GradSampleHooks
-from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
-    GradSampleHooksFastGradientClipping,
-)
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from fl_app.privacy.randomness import PrivacyRandomness
 from fl_app.types import ConfigError
-
-logging.getLogger("opacus").setLevel(logging.WARNING)
 
 
 class GradientMode(StrEnum):
@@ -78,140 +58,3 @@ class DpSgd:
             raise ConfigError(
                 f"privacy.max_physical_batch={self.max_physical_batch} must be >= 1, or null."
             )
-
-
-class PrivateStepper:
-    """Takes DP-SGD steps on a model; made by `private_steps`.
-
-    Args:
-        model: In training mode, with hooks attached.
-        hooks: Opacus' hooks on it.
-        optimizer: Opacus' wrapper of the local optimizer.
-        losses: (outputs, targets) -> loss of each record.
-        mechanism: Bounds and noise.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        hooks: GradSampleHooks,
-        optimizer: DPOptimizer,
-        losses: Callable[[Tensor, Tensor], Tensor],
-        mechanism: DpSgd,
-    ) -> None:
-        self._model = model
-        self._hooks = hooks
-        self._optimizer = optimizer
-        self._losses = losses
-        self._mechanism = mechanism
-
-    def step(
-        self, inputs: Tensor, targets: Tensor, *, then: Callable[[], None] = lambda: None
-    ) -> None:
-        """Take one step on a batch, which may be empty: then it is a step of noise alone.
-
-        Args:
-            inputs: ``(b, *features)``; b >= 0.
-            targets: ``(b,)``.
-            then: Called once ``parameter.grad`` holds the private gradient, before the local
-                optimizer's step; may add to it what does not depend on the records.
-        """
-        optimizer = self._optimizer
-        size = self._mechanism.max_physical_batch or max(len(targets), 1)
-        parts = list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
-        for number, (part_inputs, part_targets) in enumerate(parts, start=1):
-            optimizer.signal_skip_step(do_skip=number < len(parts))
-            optimizer.zero_grad(set_to_none=True)
-            if len(part_targets):
-                self._backward(self._losses(self._model(part_inputs), part_targets))
-            self._fill_gaps(len(part_targets))
-            if optimizer.pre_step():
-                then()
-                optimizer.original_optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def _backward(self, losses: Tensor) -> None:
-        if self._mechanism.gradients == GradientMode.GHOST:
-            DPTensorFastGradientClipping(
-                self._hooks, self._optimizer, losses, loss_reduction="sum"
-            ).backward()
-        else:
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-    def _fill_gaps(self, count: int) -> None:
-        """Give parameters that the loss did not reach gradients of zero: they get noise too."""
-        for parameter in self._optimizer.params:
-            if self._mechanism.gradients == GradientMode.GHOST:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad_sample is None:
-                parameter.grad_sample = parameter.new_zeros((count, *parameter.shape))
-
-
-@contextmanager
-def private_steps(
-    model: nn.Module,
-    optimizer: Optimizer,
-    losses: Callable[[Tensor, Tensor], Tensor],
-    mechanism: DpSgd,
-    randomness: PrivacyRandomness,
-) -> Iterator[PrivateStepper]:
-    """Make a model's steps private for the block; after it the model is as it was but for values.
-
-    Args:
-        model: In training mode; must pass `fl_app.privacy.preflight`.
-        optimizer: The local optimizer over its trainable parameters.
-        losses: (outputs, targets) -> loss of each record, shape ``(b,)``.
-        mechanism: Bounds and noise.
-        randomness: Where the noise comes from.
-    """
-    ghost = mechanism.gradients == GradientMode.GHOST
-    options: dict[str, Any] = {
-        "loss_reduction": "sum",
-        "force_functorch": mechanism.gradients == GradientMode.FUNCTORCH,
-    }
-    if ghost:
-        options["max_grad_norm"] = mechanism.max_grad_norm
-    hooks = (GradSampleHooksFastGradientClipping if ghost else GradSampleHooks)(model, **options)
-    made = (_GhostOptimizer if ghost else _NoisyOptimizer)(
-        optimizer,
-        noise_multiplier=mechanism.noise_multiplier,
-        max_grad_norm=mechanism.max_grad_norm,
-        expected_batch_size=mechanism.expected_batch_size,
-    )
-    made.randomness = randomness
-    try:
-        with warnings.catch_warnings():
-            # Of torch, that hooks fire although no input needs a gradient: that is how they work.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield PrivateStepper(model, hooks, made, losses, mechanism)
-    finally:
-        hooks.cleanup()
-        for parameter in model.parameters():
-            if hasattr(parameter, "summed_grad"):
-                del parameter.summed_grad
-        for module in model.modules():
-            for name in ("activations", "max_batch_len"):
-                if hasattr(module, name):
-                    delattr(module, name)
-
-
-class _OurNoise:
-    """Opacus' optimizers with noise from where we say; theirs is torch's."""
-
-    randomness: PrivacyRandomness
-
-    def add_noise(self: Any) -> None:
-        """Set ``grad`` of each parameter to the noisy sum of clipped gradients."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            noise = self.randomness.normal(parameter.summed_grad, std=std)
-            parameter.grad = (parameter.summed_grad + noise).view_as(parameter)
-
-
-class _NoisyOptimizer(_OurNoise, DPOptimizer):  # type: ignore[misc]  # opacus has no types
-    pass
-
-
-class _GhostOptimizer(_OurNoise, DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    pass

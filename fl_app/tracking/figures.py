@@ -26,6 +26,7 @@ _KIND_COLORS = {
     FailureKind.TIMEOUT: ORANGE,
     FailureKind.ERROR: RED,
     FailureKind.REJECTED: PURPLE,
+    FailureKind.REFUSED: GREEN,
 }
 
 

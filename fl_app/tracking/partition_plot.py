@@ -89,7 +89,7 @@ def partition_png(partition: Partition) -> bytes:
 
 
 def _caption(partition: Partition) -> str:
-    sizes = [told.num_examples for told in partition.described]
+    sizes = [told.num_examples or 0 for told in partition.described]
     shown, silent = len(sizes), sum(told.label_counts is None for told in partition.described)
     who = (
         f"all {shown} clients"
@@ -157,6 +157,6 @@ def _layers(described: Sequence[ClientDescription]) -> Iterator[tuple[str, str, 
     others = [sum(n for i, n in enumerate(counts) if i not in chosen) for counts in known]
     if any(others):
         yield "other labels", SERIES[-1], others
-    silent = [told.num_examples if told.label_counts is None else 0 for told in described]
+    silent = [(told.num_examples or 0) if told.label_counts is None else 0 for told in described]
     if any(silent):
         yield "labels not told", INK, silent

@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 
@@ -76,6 +76,38 @@ class Privacy:
     delta: float | None = None
     accountant: str | None = None
     noise_multiplier: float | None = None
+
+
+class _Asked(Protocol):
+    """What of ``privacy=NAME`` a summary tells."""
+
+    @property
+    def unit(self) -> PrivacyUnit: ...
+    @property
+    def delta(self) -> float: ...
+    @property
+    def accountant(self) -> str: ...
+    @property
+    def noise_multiplier(self) -> float | None: ...
+
+
+def privacy_of(asked: _Asked, spent: Sequence[float]) -> Privacy:
+    """Return what was promised and what was spent.
+
+    Args:
+        asked: As configured.
+        spent: Epsilon that each client that tells has spent, over all its ledger holds.
+    """
+    if asked.unit is PrivacyUnit.NONE:
+        return Privacy()
+    return Privacy(
+        unit=asked.unit,
+        epsilon_max=max(spent, default=None),
+        epsilon_mean=statistics.fmean(spent) if spent else None,
+        delta=asked.delta,
+        accountant=asked.accountant,
+        noise_multiplier=asked.noise_multiplier,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

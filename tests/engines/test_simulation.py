@@ -17,7 +17,8 @@ import pytest
 from flower_process import free_port, processes_of
 from helpers import TINY, environment, fl_app, play, rounds_of, summary_of
 
-from fl_app.config import compose_config, make_engine, resumed_config
+from fl_app.components import make_engine
+from fl_app.config import compose_config, resumed_config
 from fl_app.engines.simulation import SimulationEngine
 from fl_app.plan import describe_plan
 from fl_app.types import ConfigError

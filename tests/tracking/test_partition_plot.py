@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import TINY, play, play_config, summary_of
 
-from fl_app.config import build, compose_config, resumed_config, to_json
+from fl_app.components import build
+from fl_app.config import compose_config, resumed_config, to_json
 from fl_app.tracking.partition_plot import (
     Partition,
     partition_chart,

@@ -27,6 +27,7 @@ KEYS = [
     "client_metrics",
     "client_accuracy",
     "epsilon",
+    "epsilon_budget",
     "uplink_bytes",
     "downlink_bytes",
     "uplink_uncompressed_bytes",

@@ -19,7 +19,8 @@ from helpers import TINY, play, play_config, summary_of
 from wandb.proto import wandb_internal_pb2 as proto
 
 from fl_app.cli import _main
-from fl_app.config import compose_config, make_tracker, resumed_config
+from fl_app.components import make_tracker
+from fl_app.config import compose_config, resumed_config
 from fl_app.tracking.partition_plot import read_partition
 from fl_app.tracking.rounds_file import read_rounds
 from fl_app.tracking.wandb_tracker import WandbTracker
