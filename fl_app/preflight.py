@@ -14,7 +14,7 @@ from torch import nn
 
 from fl_app.aggregation import Aggregation, combine, min_updates
 from fl_app.params import read_params
-from fl_app.selection import Selector
+from fl_app.selection import Selector, secret_sample_rate
 from fl_app.server_optimizer import OptimizerFactory
 from fl_app.tasks.base import Task
 from fl_app.tasks.checks import check_model
@@ -127,7 +127,9 @@ def check_selector(selector: Selector, clients: Sequence[ClientId], *, seed: int
         raise ConfigError(
             f"selection: select() gave {cohort!r:.80}: it must return a list of client ids."
         )
-    if len(set(cohort)) < max(len(cohort), wanted):
+    # A cohort of secret coins has the size they give it.
+    least = wanted if secret_sample_rate(selector) is None else 0
+    if len(set(cohort)) < max(len(cohort), least):
         raise ConfigError(
             f"selection: select() gave {len(set(cohort))} different clients in a list of "
             f"{len(cohort)}, and wanted() asks for {wanted}: name that many, and each once."

@@ -2,7 +2,8 @@
 
 A selector is a frozen dataclass named by ``_target_`` under ``selection``. It draws from an
 ordered, possibly lazy sequence of client ids, with a generator of ``(seed, round)``, in time
-proportional to the cohort: a population of a million costs what a thousand does.
+proportional to the cohort: a population of a million costs what a thousand does. `Poisson` alone
+tosses coins that nobody can repeat.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import math
 import random
 from abc import abstractmethod
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
+from fl_app.privacy.randomness import Source, check_source, randomness_from
 from fl_app.types import ClientId, ConfigError, Role, client_order, stream_seed
 
 
@@ -78,6 +81,36 @@ class Selector(Protocol):
         ...
 
 
+def secret_sample_rate(selector: Selector) -> float | None:
+    """Return the probability with which each client is drawn by coins of the server's own.
+
+    A selector says so by a ``secret_sample_rate`` of its own: every client, in every round and
+    independently of all others, with this probability, from randomness that is told to nobody.
+    None for the others, whose cohorts anybody who has the seed can draw again.
+    """
+    rate: float | None = getattr(selector, "secret_sample_rate", None)
+    return rate
+
+
+def expected_cohort(selector: Selector, population: int) -> float:
+    """Return how many clients a round asks in the mean: a public constant, > 0."""
+    rate = secret_sample_rate(selector)
+    return float(selector.wanted(population)) if rate is None else rate * population
+
+
+def most_participations(
+    selector: Selector, clients: Sequence[ClientId], *, rounds: int, seed: int
+) -> int:
+    """Return in how many of the first rounds the client that is asked most often is asked.
+
+    For selectors whose cohorts follow from the seed: all of them are drawn.
+    """
+    asked: Counter[ClientId] = Counter()
+    for round in range(1, rounds + 1):
+        asked.update(selector.select(clients, round=round, seed=seed))
+    return max(asked.values(), default=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CohortSelector:
     """Base of selectors: size and patience of a cohort; the subclass says who is in it.
@@ -101,11 +134,7 @@ class CohortSelector:
     min_clients: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(
-                f"selection.fraction={self.fraction} must lie in (0, 1]: it is the share of all "
-                "clients that each round trains."
-            )
+        _check_fraction_and_patience(self)
         if self.count is not None and self.count < 1:
             raise ConfigError(
                 f"selection.count={self.count} must be >= 1, or null to use selection.fraction."
@@ -114,18 +143,6 @@ class CohortSelector:
             raise ConfigError(
                 f"selection.over_selection={self.over_selection} must be >= 0: 0.3 asks 30 % more "
                 "clients than the round needs."
-            )
-        if self.min_replies < 1:
-            raise ConfigError(
-                f"selection.min_replies={self.min_replies} must be >= 1: an empty round has "
-                "nothing to aggregate."
-            )
-        if self.min_clients < 1:
-            raise ConfigError(f"selection.min_clients={self.min_clients} must be >= 1.")
-        if self.round_timeout_s is not None and not self.round_timeout_s > 0:
-            raise ConfigError(
-                f"selection.round_timeout_s={self.round_timeout_s} must be > 0, or null to wait "
-                "for as long as it takes."
             )
 
     def wanted(self, population: int) -> int:
@@ -183,3 +200,68 @@ class RoundRobin(CohortSelector):
         """Return the next ones after those of the round before."""
         start = (round - 1) * self.wanted(population)
         return [(start + offset) % population for offset in range(size)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisson:
+    """Every client with the same probability, independently, by coins that are told to nobody.
+
+    The sampling whose amplification client-level accounting claims (McMahan et al. 2018,
+    arXiv:1710.06963, Algorithm 1). Cohorts differ in size and may be empty. They do not follow
+    from the run's seed, so a resumed run draws others.
+
+    Attributes:
+        fraction: Probability q of each client to be in a round, in (0, 1].
+        min_replies: Updates a round needs, >= 1; with fewer it keeps the old model. Has no say
+            under client-level privacy, where every round takes a step.
+        round_timeout_s: Seconds a round waits for replies, > 0, or None for no limit.
+        min_clients: Clients that must be known before a run starts, >= 1.
+        randomness: "secret"; or "reproducible_for_tests", from the run's seed, which amplifies
+            nothing.
+    """
+
+    fraction: float = 0.1
+    min_replies: int = 1
+    round_timeout_s: float | None = None
+    min_clients: int = 1
+    randomness: str = Source.SECRET
+
+    def __post_init__(self) -> None:
+        _check_fraction_and_patience(self)
+        check_source("selection.randomness", self.randomness)
+
+    @property
+    def secret_sample_rate(self) -> float:
+        """The probability of each client to be in a round."""
+        return self.fraction
+
+    def wanted(self, population: int) -> int:
+        """Return the size of a cohort in the mean, rounded, and at least 1."""
+        return max(1, round(self.fraction * population))
+
+    def select(self, clients: Sequence[ClientId], *, round: int, seed: int) -> list[ClientId]:
+        """Return the clients that the coins chose: others at every call, and maybe none."""
+        randomness = randomness_from(self.randomness, seed=seed, use=f"cohort/{round}")
+        positions = randomness.positions(len(clients), heads=self.fraction)
+        return [clients[position] for position in positions.tolist()]
+
+
+def _check_fraction_and_patience(selector: CohortSelector | Poisson) -> None:
+    """Refuse values out of range of the fields that all our selectors have."""
+    if not 0 < selector.fraction <= 1:
+        raise ConfigError(
+            f"selection.fraction={selector.fraction} must lie in (0, 1]: it is the share of all "
+            "clients that each round trains."
+        )
+    if selector.min_replies < 1:
+        raise ConfigError(
+            f"selection.min_replies={selector.min_replies} must be >= 1: an empty round has "
+            "nothing to aggregate."
+        )
+    if selector.min_clients < 1:
+        raise ConfigError(f"selection.min_clients={selector.min_clients} must be >= 1.")
+    if selector.round_timeout_s is not None and not selector.round_timeout_s > 0:
+        raise ConfigError(
+            f"selection.round_timeout_s={selector.round_timeout_s} must be > 0, or null to wait "
+            "for as long as it takes."
+        )

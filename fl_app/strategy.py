@@ -27,7 +27,7 @@ from fl_app.codec import (
 from fl_app.directory import Directory, KnowsClients
 from fl_app.foreign import OurReplies, Replies
 from fl_app.params import num_bytes
-from fl_app.selection import Selector, Without
+from fl_app.selection import Selector, Without, secret_sample_rate
 from fl_app.types import (
     ClientId,
     ClientUpdate,
@@ -271,6 +271,8 @@ class FederatedStrategy(Strategy):
             )
         self._wanted = self._selector.wanted(len(clients))
         cohort = self._selector.select(clients, round=round, seed=self._seed)
+        if secret_sample_rate(self._selector) is not None:
+            self._wanted = len(cohort)  # a sample with its last ones cut off is none
         if self.state.spent.isdisjoint(cohort):
             return cohort
         willing = Without(clients, self.state.spent)

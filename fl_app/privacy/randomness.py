@@ -9,9 +9,11 @@ the noise can subtract it.
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +35,10 @@ class PrivacyRandomness(Protocol):
 
     def coins(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Return ``count`` independent coins, each True with probability ``heads``."""
+        ...
+
+    def positions(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return where heads lie among ``count`` such coins, ascending; for ``heads`` in (0, 1]."""
         ...
 
 
@@ -58,6 +64,24 @@ class KeyedRandomness:
         """Return ``count`` independent coins, each True with probability ``heads``."""
         return self._generator.random(count) < heads
 
+    def positions(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return where heads lie among ``count`` coins, ascending; for ``heads`` in (0, 1].
+
+        The gaps between heads of independent coins are geometric, so time and memory grow with the
+        heads and not with the coins.
+        """
+        expected = count * heads
+        block = int(expected + 4 * math.sqrt(expected)) + 16
+        found: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+        last = -1
+        while last < count:
+            # Cut, because sums of gaps at tiny probabilities would overflow.
+            gaps = np.minimum(self._generator.geometric(heads, block), count + 1)
+            reached = last + np.cumsum(gaps)
+            found.append(reached[reached < count])
+            last = int(reached[-1])
+        return np.concatenate(found)
+
 
 def secret_randomness() -> PrivacyRandomness:
     """Return randomness that nobody can repeat: its key is drawn here and told to nobody."""
@@ -73,6 +97,33 @@ def reproducible_randomness_for_tests(seed: int, use: str) -> PrivacyRandomness:
     """
     digest = hashlib.sha256(f"no privacy/{seed}/{use}".encode()).digest()
     return KeyedRandomness(int.from_bytes(digest[: _KEY_BITS // 8], "big"))
+
+
+class Source(StrEnum):
+    """Where a configuration takes its private draws from; anything but SECRET hides nothing."""
+
+    SECRET = "secret"
+    REPRODUCIBLE_FOR_TESTS = "reproducible_for_tests"
+
+
+def check_source(key: str, source: str) -> None:
+    """Refuse a source that there is not.
+
+    Raises:
+        ConfigError: It is not one of `Source`.
+    """
+    if source not in list(Source):
+        raise ConfigError(
+            f"{key}={source} is not known: choose {Source.SECRET}. "
+            f"({Source.REPRODUCIBLE_FOR_TESTS} promises no privacy.)"
+        )
+
+
+def randomness_from(source: str, *, seed: int, use: str) -> PrivacyRandomness:
+    """Return randomness from one of `Source`; seed and use have a say for tests' alone."""
+    if source == Source.REPRODUCIBLE_FOR_TESTS:
+        return reproducible_randomness_for_tests(seed, use)
+    return secret_randomness()
 
 
 @dataclass(frozen=True, kw_only=True)
