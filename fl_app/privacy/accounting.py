@@ -134,11 +134,17 @@ class PldAccountant:
             return 0.0
         with _answer_or_error():
             accountant = PLDAccountant()
+            # Gaussian mechanisms without sampling are one of the summed precision, exactly; to
+            # convolve many of them takes seconds.
+            precision = 0.0
             for (noise_multiplier, sample_rate), count in grouped.items():
+                if sample_rate == 1:
+                    precision += count / noise_multiplier**2
+                    continue
                 event = dp_accounting.GaussianDpEvent(noise_multiplier)
-                if sample_rate < 1:
-                    event = dp_accounting.PoissonSampledDpEvent(sample_rate, event)
-                accountant.compose(event, count)
+                accountant.compose(dp_accounting.PoissonSampledDpEvent(sample_rate, event), count)
+            if precision:
+                accountant.compose(dp_accounting.GaussianDpEvent(1 / math.sqrt(precision)))
             return _finite(float(accountant.get_epsilon(delta)))
 
 

@@ -7,6 +7,7 @@ import math
 import absl.logging
 import dp_accounting
 import pytest
+from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant as GooglesRdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,6 +119,19 @@ def test_one_gaussian_is_the_closed_form() -> None:
     epsilon = PLD.epsilon([GaussianEvent(noise_multiplier=sigma)], delta=DELTA)
     a, b = 1 / (2 * sigma), epsilon * sigma
     assert phi(a - b) - math.exp(epsilon) * phi(-a - b) == pytest.approx(DELTA, rel=0.02)
+
+
+def test_many_gaussians_without_sampling_cost_what_one_of_their_precision_costs() -> None:
+    many = [GaussianEvent(noise_multiplier=8.0, count=48), GaussianEvent(noise_multiplier=4.0)]
+    one = GaussianEvent(noise_multiplier=1 / math.sqrt(48 / 64 + 1 / 16))
+    for accountant in (RDP, PLD):
+        assert accountant.epsilon(many, delta=DELTA) == pytest.approx(
+            accountant.epsilon([one], delta=DELTA), rel=1e-6
+        )
+    composed = PLDAccountant()
+    composed.compose(dp_accounting.GaussianDpEvent(8.0), 48)
+    composed.compose(dp_accounting.GaussianDpEvent(4.0))
+    assert PLD.epsilon(many, delta=DELTA) == pytest.approx(composed.get_epsilon(DELTA), rel=1e-3)
 
 
 def test_nothing_released_costs_nothing() -> None:
