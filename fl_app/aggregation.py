@@ -42,6 +42,14 @@ def min_updates(rule: Aggregation) -> int:
     return int(getattr(rule, "min_updates", 1))
 
 
+def is_uniform_mean(rule: Aggregation) -> bool:
+    """Return whether a rule says by an ``is_uniform_mean`` of its own that it is just that.
+
+    Then one update moves its result by no more than its share, whatever the others are.
+    """
+    return bool(getattr(rule, "is_uniform_mean", False))
+
+
 class BrokenRuleError(FlAppError):
     """An aggregation rule raised, or returned something that is no change of the model."""
 
@@ -105,6 +113,11 @@ class WeightedMean:
                 f"strategy.aggregation.weighting={self.weighting} is not known: choose "
                 f"{' or '.join(Weighting)}."
             )
+
+    @property
+    def is_uniform_mean(self) -> bool:
+        """Whether all updates count alike."""
+        return self.weighting == Weighting.UNIFORM
 
     def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
         """Return the weighted mean of the deltas."""

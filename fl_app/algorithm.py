@@ -72,11 +72,13 @@ class Step:
         params: Global model after it.
         memory: What the algorithm remembers after it.
         metrics: Figures of the cohort that the algorithm itself has computed, if any.
+        epsilon: Largest privacy loss of any client after it, where the server accounts for that.
     """
 
     params: Params
     memory: Memory | None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
 
 
 class Algorithm(Protocol):
@@ -124,7 +126,8 @@ class Algorithm(Protocol):
 
         Args:
             state: The server's, before the round.
-            updates: At least one, validated, in canonical client order.
+            updates: Validated, in canonical client order; at least one, unless the algorithm
+                hides clients.
             round: Its number, from 1.
             trainable: Names in the model that gradients change; the rest are buffers.
 
@@ -132,6 +135,15 @@ class Algorithm(Protocol):
             TooFewUpdatesError: The algorithm needs more; the round keeps the old model.
         """
         ...
+
+
+def hides_clients(algorithm: Algorithm) -> bool:
+    """Return whether nothing of a round may show who took part in it, or whether anybody did.
+
+    An algorithm says so by a ``hides_clients`` of its own. Its rounds wait for all replies and
+    take a step with however few, and what depends on replies is not reported.
+    """
+    return bool(getattr(algorithm, "hides_clients", False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,7 +171,7 @@ class ClientRuntime:
         if hostile:
             counts = Counts(clients=len(self._data.clients), hostile=len(self._hostile))
             delta = attack.forge(delta, partial(self._honest, instruction), counts)
-        delta, clipped = self._privacy.protect(
+        delta, figures = self._privacy.protect(
             delta,
             max_norm=instruction.max_norm,
             randomness=self._randomness(client, instruction.round, "update"),
@@ -184,10 +184,9 @@ class ClientRuntime:
             round=instruction.round,
             delta=delta,
             num_examples=len(examples.train) if "num_examples" in self._told else 1,
-            metrics=trained.metrics if "metrics" in self._told else {},
+            metrics={**(trained.metrics if "metrics" in self._told else {}), **figures},
             evaluation=evaluation,
             budget=admission.budget,
-            clipped=clipped,
         )
 
     def evaluate(self, client: ClientId, params: Params) -> Evaluation:

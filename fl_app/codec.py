@@ -5,7 +5,8 @@ Message contents, by message type:
 ========  ==============================================  =========================================
 type      instruction                                     reply
 ========  ==============================================  =========================================
-train     ``arrays``: model; ``config``: server-round     ``arrays``: delta; ``metrics``
+train     ``arrays``: model; ``config``: server-round,    ``arrays``: delta; ``metrics``
+          run, max-norm
 evaluate  ``arrays``: model; ``config``: server-round     ``metrics``
 query     empty                                           ``client``: what it tells about itself
 ========  ==============================================  =========================================
@@ -51,7 +52,7 @@ _ROUND, _NUM_EXAMPLES, _TEST_NUM_EXAMPLES = "server-round", "num-examples", "tes
 _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
 _MOST_METRICS, _LONGEST_NAME, _MOST_LABELS = 64, 64, 10_000
-_RUN, _RUN_DIR, _MAX_NORM, _CLIPPED = "run", "run-dir", "max-norm", "clipped"
+_RUN, _RUN_DIR, _MAX_NORM = "run", "run-dir", "max-norm"
 _PRIVACY, _SPENT, _EPSILON = "privacy", "epsilon-spent", "epsilon"
 _DELTA, _ROUNDS_LEFT = "delta", "rounds-left"
 _REFUSED_CODE = 9_001  # beyond Flower's own codes: the client declines, and knows why
@@ -86,6 +87,11 @@ def instruction_config(
         run_dir: The run's folder, for simulated clients alone.
     """
     return ConfigRecord({**further, _RUN: run, **({_RUN_DIR: run_dir} if run_dir else {})})
+
+
+def ask_to_clip(config: ConfigRecord, max_norm: float) -> None:
+    """Put the round's L2 bound on updates into what instructions carry."""
+    config[_MAX_NORM] = max_norm
 
 
 def instruction(arrays: ArrayRecord, config: ConfigRecord, *, round: int) -> RecordDict:
@@ -158,7 +164,6 @@ def decode_update(reply: Message, client: ClientId) -> ClientUpdate:
         num_bytes=num_bytes(delta),
         num_bytes_uncompressed=num_bytes(delta),
         budget=_decode_budget(reply),
-        clipped=_decode_bit(metrics),
     )
 
 
@@ -258,14 +263,6 @@ def model_replies(
     return replies
 
 
-def _decode_bit(metrics: MetricRecord) -> float | None:
-    """Return adaptive clipping's bit: whatever a client sends, a number in [0, 1]."""
-    bit = metrics.get(_CLIPPED)
-    if not isinstance(bit, int | float) or not math.isfinite(bit):
-        return None
-    return min(max(float(bit), 0.0), 1.0)
-
-
 def _decode_budget(reply: Message) -> Budget | None:
     """Return what a client tells of its budget; None if it tells nothing that makes sense."""
     record = reply.content.get(_PRIVACY)
@@ -305,13 +302,13 @@ def decode_model(instruction: Message) -> Params:
 def decode_instruction(instruction: Message) -> TrainInstruction:
     """Return what the server asks of a client."""
     config = cast(ConfigRecord, instruction.content[_CONFIG])
-    metadata, bound = instruction.metadata, config.get(_MAX_NORM)
+    metadata, max_norm = instruction.metadata, config.get(_MAX_NORM)
     return TrainInstruction(
         round=cast(int, config[_ROUND]),
         params=decode_model(instruction),
         run=str(config.get(_RUN, ""))[:_LONGEST_NAME],
         deadline_s=metadata.created_at + metadata.ttl - time.time(),
-        max_norm=float(bound) if isinstance(bound, int | float) else None,
+        max_norm=max_norm if isinstance(max_norm, float) and 0 < max_norm < math.inf else None,
         run_dir=str(config[_RUN_DIR]) if _RUN_DIR in config else None,
     )
 
@@ -321,8 +318,6 @@ def update_reply(instruction: Message, update: ClientUpdate) -> Message:
     metrics: dict[str, int | float] = {_NUM_EXAMPLES: update.num_examples}
     metrics |= {f"{_TRAIN}{name.replace('_', '-')}": v for name, v in update.metrics.items()}
     metrics |= _encode_evaluation(update.evaluation)
-    if update.clipped is not None:
-        metrics[_CLIPPED] = update.clipped
     content = RecordDict(
         {_ARRAYS: encode_params(update.delta), _METRICS: MetricRecord(dict(metrics))}
     )

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_app.algorithm import Algorithm, ServerState, Step
+from fl_app.algorithm import Algorithm, ServerState, Step, hides_clients
 from fl_app.arrays import MalformedReplyError, encode_params
 from fl_app.codec import (
     evaluate_messages,
@@ -99,7 +99,11 @@ class FederatedStrategy(Strategy):
         self._directory = directory
         self._trainable = trainable
         self._seed = seed
-        self._wanted = 0
+        self._wanted = self._expected = 0
+        # Who answered, and how, is then told to those alone who look for faults on this machine.
+        self._hides = hides_clients(algorithm)
+        self._level = logging.DEBUG if self._hides else logging.WARNING
+        self._secret_cohort = self._hides and secret_sample_rate(selector) is not None
         self._asked: dict[int, ClientId] = {}
         self._offline: list[Failure] = []
 
@@ -150,12 +154,12 @@ class FederatedStrategy(Strategy):
         updates, failures = self._collect(server_round, replies)
         self._account(updates, failures)
         step = self._step(updates, server_round)
-        metrics = _mean_metrics(updates)
+        metrics = {} if self._hides else _mean_metrics(updates)
         budgets = self.state.budgets.values()
         worst = max(budgets, key=lambda budget: budget.epsilon_spent, default=None)
         if step is not None:
             metrics = {**step.metrics, **metrics}
-        self.report = RoundReport(
+        report = RoundReport(
             round=server_round,
             cohort=self._cohort(),
             num_updates=len(updates),
@@ -163,12 +167,13 @@ class FederatedStrategy(Strategy):
             failures=failures,
             client_metrics=metrics,
             client_accuracy=_accuracies(updates),
-            epsilon=worst.epsilon_spent if worst else None,
+            epsilon=worst.epsilon_spent if worst else step.epsilon if step else None,
             epsilon_budget=worst.epsilon if worst else None,
             uplink_bytes=sum(u.num_bytes for u in updates),
             downlink_bytes=len(self._asked) * num_bytes(self.state.params),
             uplink_uncompressed_bytes=sum(u.num_bytes_uncompressed for u in updates),
         )
+        self.report = self._withheld(report) if self._hides else report
         self.state = replace(self.state, round=server_round)
         if step is not None:
             self.state = replace(self.state, params=step.params, memory=step.memory)
@@ -244,7 +249,7 @@ class FederatedStrategy(Strategy):
 
     def _step(self, updates: Sequence[ClientUpdate], round: int) -> Step | None:
         """Return the server's step, or None if there are too few updates for one."""
-        if len(updates) < self._selector.min_replies:
+        if len(updates) < self._selector.min_replies and not self._hides:
             why = f"{len(updates)} of at least {self._selector.min_replies} updates came back"
         else:
             try:
@@ -269,10 +274,11 @@ class FederatedStrategy(Strategy):
                 f"Round {round}: no client is connected. Start clients, or raise the number of "
                 "simulated ones."
             )
-        self._wanted = self._selector.wanted(len(clients))
+        self._wanted = self._expected = self._selector.wanted(len(clients))
         cohort = self._selector.select(clients, round=round, seed=self._seed)
-        if secret_sample_rate(self._selector) is not None:
-            self._wanted = len(cohort)  # a sample with its last ones cut off is none
+        if self._hides or secret_sample_rate(self._selector) is not None:
+            # A sample with its last ones cut off is none, and who is cut off depends on others.
+            self._wanted = len(cohort)
         if self.state.spent.isdisjoint(cohort):
             return cohort
         willing = Without(clients, self.state.spent)
@@ -311,6 +317,20 @@ class FederatedStrategy(Strategy):
         """Return a block in which an algorithm that draws at random does so from the run's seed."""
         return seeded_globals(stream_seed(self._seed, Role.ALGORITHM, round=round))
 
+    def _withheld(self, report: RoundReport) -> RoundReport:
+        """Return a report without what tells who answered, or who was asked if that is secret."""
+        expected_bytes = self._expected * num_bytes(self.state.params)
+        return replace(
+            report,
+            cohort=() if self._secret_cohort else report.cohort,
+            num_updates=None,
+            failures=(),
+            client_accuracy={},
+            uplink_bytes=expected_bytes,
+            downlink_bytes=expected_bytes,
+            uplink_uncompressed_bytes=expected_bytes,
+        )
+
     def _cohort(self) -> tuple[ClientId, ...]:
         asked = [*self._asked.values(), *(failure.client for failure in self._offline)]
         return tuple(sorted(asked, key=client_order))
@@ -324,7 +344,8 @@ class FederatedStrategy(Strategy):
         for reply in replies:
             client = self._asked.get(reply.metadata.src_node_id)
             if client is None or client in updates or client in failures:
-                log.warning(
+                log.log(
+                    self._level,
                     "Round %d: an unasked reply of node %d is ignored.",
                     round,
                     reply.metadata.src_node_id,
@@ -333,8 +354,10 @@ class FederatedStrategy(Strategy):
             result = self._accept(reply, client, round)
             if isinstance(result, Failure):
                 failures[client] = result
-                log.warning(
-                    "Round %d: client %s, %s: %s", round, client, result.kind, result.reason
+                log.log(
+                    self._level,
+                    "Round %d: client %s, %s: %s",
+                    *(round, client, result.kind, result.reason),
                 )
             else:
                 updates[client] = result

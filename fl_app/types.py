@@ -168,7 +168,7 @@ class TrainInstruction:
         run: Name of the run, the same after a resume; what clients remember is kept by it.
         deadline_s: Seconds the client has, or None for no limit.
         run_dir: Folder of the run, told to simulated clients only.
-        max_norm: L2 bound C that an update is clipped to under client-level privacy, or None.
+        max_norm: L2 bound on updates that a private server asks for in this round, > 0, or None.
     """
 
     round: int
@@ -209,7 +209,6 @@ class ClientUpdate:
         evaluation: The *received* model on the client's own held-out part, or None.
         num_bytes: Size of ``delta`` as it was sent; ``num_bytes_uncompressed`` as float tensors.
         budget: How the client's privacy budget stands, if there is one and it may be told.
-        clipped: Adaptive clipping's bit, 1.0 if the update was within the bound; None without it.
     """
 
     client: ClientId
@@ -221,7 +220,6 @@ class ClientUpdate:
     num_bytes: int = 0
     num_bytes_uncompressed: int = 0
     budget: Budget | None = None
-    clipped: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,10 +278,14 @@ class Failure:
 class RoundReport:
     """What happened in one round: one line of ``rounds.jsonl``.
 
+    Under client-level privacy what depends on who answered, or on what, is withheld: there is no
+    ``num_updates``, no failure, no figure of a client; bytes are those of the expected cohort. So
+    is the cohort where secret coins drew it.
+
     Attributes:
         round: Round number, from 1.
-        cohort: Clients asked, in canonical order.
-        num_updates: Updates that entered the aggregate.
+        cohort: Clients asked, in canonical order; empty if that is withheld.
+        num_updates: Updates that entered the aggregate; None if that is withheld.
         applied: False if too few updates came back and the old model was kept.
         failures: Clients asked that brought nothing.
         metrics: The new global model on the held-out set; empty in rounds that skip it.
@@ -298,7 +300,7 @@ class RoundReport:
 
     round: int
     cohort: tuple[ClientId, ...]
-    num_updates: int
+    num_updates: int | None
     applied: bool
     failures: tuple[Failure, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)

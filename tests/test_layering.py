@@ -35,7 +35,7 @@ LAYERS = [
     ["foreign"],
     ["site"],
     ["client", "directory", "algorithm"],
-    ["flower_strategy"],
+    ["flower_strategy", "private_algorithm"],
     ["strategy"],
     ["rounds", "preflight", "private_preflight"],
     ["schema", "config"],
@@ -54,6 +54,7 @@ HOMES = {
     "hydra": {"config", "components", "cli", "launch", "run_config", "schema", "sweep"},
     "omegaconf": {"config", "cli", "launch", "run_config", "schema", "sweep"},
     "flwr": {"arrays", "codec", "directory", "algorithm", "flower_strategy", "strategy", "rounds"}
+    | {"private_algorithm"}
     | {"federation", "population", "client_app", "server_app", "foreign", "engines"},
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy", "private_preflight"},

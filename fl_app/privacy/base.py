@@ -7,7 +7,7 @@ nothing in a configuration can raise what it allows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -132,8 +132,8 @@ class Privacy(Protocol):
 
     def protect(
         self, delta: Params, *, max_norm: float | None, randomness: PrivacyRandomness
-    ) -> tuple[Params, float | None]:
-        """Return an update as it may leave the client, and adaptive clipping's bit, if any.
+    ) -> tuple[Params, Mapping[str, float]]:
+        """Return an update as it may leave the client, and figures that are paid for with it.
 
         Args:
             delta: What training gave.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fl_app.privacy.randomness import PrivacyRandomness
@@ -62,6 +62,6 @@ class NoPrivacy:
 
     def protect(
         self, delta: Params, *, max_norm: float | None, randomness: PrivacyRandomness
-    ) -> tuple[Params, None]:
+    ) -> tuple[Params, Mapping[str, float]]:
         """Return the update as it is."""
-        return delta, None
+        return delta, {}

@@ -1,5 +1,4 @@
-"""Private steps by Opacus; apart from `fl_app.privacy.dp_sgd`, so that who trains without privacy
-does not import it.
+"""Private steps, by Opacus; who trains without privacy does not import this, nor Opacus.
 
 What a model keeps of all this is nothing: hooks and attributes are taken off again, and names carry
 no ``_module.`` prefix, because Opacus' hooks are attached without its wrapper module.

@@ -8,7 +8,7 @@ steps, is taken as known, as in Abadi et al. 2016 (arXiv:1607.00133).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -149,9 +149,9 @@ class RecordLevel:
 
     def protect(
         self, delta: Params, *, max_norm: float | None, randomness: PrivacyRandomness
-    ) -> tuple[Params, None]:
+    ) -> tuple[Params, Mapping[str, float]]:
         """Return the update as it is: it is private already."""
-        return delta, None
+        return delta, {}
 
     def _mechanism(self, noise_multiplier: float, batch_size: int) -> DpSgd:
         return DpSgd(

@@ -136,7 +136,8 @@ class ConsoleProgress:
         if report.epsilon is not None:
             of_budget = "" if report.epsilon_budget is None else f" of {report.epsilon_budget:.3g}"
             parts.append(f"ε {report.epsilon:.3g}{of_budget}")
-        parts.append(f"replies {report.num_updates}/{len(report.cohort)}")
+        if report.num_updates is not None:
+            parts.append(f"replies {report.num_updates}/{len(report.cohort)}")
         if report.failures:
             parts.append(f"failed {len(report.failures)}")
         if not report.applied:

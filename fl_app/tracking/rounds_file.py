@@ -50,7 +50,7 @@ def report_from_json(entry: Mapping[str, Any]) -> RoundReport:
         return RoundReport(
             round=int(entry["round"]),
             cohort=tuple(str(client) for client in entry["cohort"]),
-            num_updates=int(entry["num_updates"]),
+            num_updates=None if entry["num_updates"] is None else int(entry["num_updates"]),
             applied=bool(entry["applied"]),
             failures=tuple(
                 Failure(

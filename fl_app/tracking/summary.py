@@ -123,13 +123,15 @@ class Communication:
 class Failures:
     """How often a client that was asked brought nothing; one that failed twice counts twice.
 
+    None where client-level privacy withholds it.
+
     Attributes:
         clients: Offline, too late, or in error.
         rejected_updates: Answered, with an update the server refused.
     """
 
-    clients: int = 0
-    rejected_updates: int = 0
+    clients: int | None = 0
+    rejected_updates: int | None = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,8 +205,10 @@ def totals_of(reports: Iterable[RoundReport]) -> Totals:
     Given `iter_reports` of a run's file, a resumed run counts its earlier rounds too.
     """
     uplink = downlink = uncompressed = failed = rejected = 0
+    withheld = False
     seconds: list[float] = []
     for report in reports:
+        withheld = withheld or report.num_updates is None
         uplink += report.uplink_bytes
         downlink += report.downlink_bytes
         uncompressed += report.uplink_uncompressed_bytes
@@ -217,7 +221,9 @@ def totals_of(reports: Iterable[RoundReport]) -> Totals:
         communication=Communication(
             uplink_bytes=uplink, downlink_bytes=downlink, uplink_uncompressed_bytes=uncompressed
         ),
-        failures=Failures(clients=failed, rejected_updates=rejected),
+        failures=Failures(
+            clients=None if withheld else failed, rejected_updates=None if withheld else rejected
+        ),
         median_round_s=statistics.median(seconds) if seconds else None,
     )
 

@@ -233,12 +233,15 @@ def _figures(report: RoundReport) -> dict[str, object]:
     import wandb
 
     kinds = Counter(failure.kind for failure in report.failures)
-    figures: dict[str, object] = {
-        **{f"metrics/{name}": value for name, value in report.metrics.items()},
-        **{f"client_metrics/{name}": value for name, value in report.client_metrics.items()},
+    answers: dict[str, object] = {
         **{f"failures/{kind.value}": kinds[kind] for kind in FailureKind},
         "cohort_size": len(report.cohort),
         "num_updates": report.num_updates,
+    }
+    figures: dict[str, object] = {
+        **{f"metrics/{name}": value for name, value in report.metrics.items()},
+        **{f"client_metrics/{name}": value for name, value in report.client_metrics.items()},
+        **(answers if report.num_updates is not None else {}),  # else they are withheld
         "applied": int(report.applied),
         "uplink_bytes": report.uplink_bytes,
         "downlink_bytes": report.downlink_bytes,
