@@ -260,7 +260,8 @@ def _figures(report: RoundReport) -> dict[str, object]:
 def _participation(rounds_file: Path, num_clients: object) -> wandb.Histogram | None:
     """Return over how many rounds clients were asked, those never asked included.
 
-    Read from the run's record, which holds the rounds before a resumption too.
+    None if no round tells whom it asked, as under secret coins. Read from the run's record, which
+    holds the rounds before a resumption too.
     """
     import wandb
 
@@ -269,9 +270,9 @@ def _participation(rounds_file: Path, num_clients: object) -> wandb.Histogram | 
     asked: Counter[str] = Counter()
     for report in iter_reports(rounds_file):
         asked.update(report.cohort)
-    clients = max(num_clients if isinstance(num_clients, int) else 0, len(asked))
-    if not clients:
+    if not asked:
         return None
+    clients = max(num_clients if isinstance(num_clients, int) else 0, len(asked))
     times = [*asked.values(), *[0] * (clients - len(asked))]
     step = math.ceil((max(times) + 1) / _MOST_BINS)
     counts, edges = np.histogram(times, bins=np.arange(-0.5, max(times) + step + 0.5, step))
