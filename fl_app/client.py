@@ -20,11 +20,7 @@ from fl_app.client_state import ClientStateStore
 from fl_app.objective import LocalObjective
 from fl_app.params import write_params
 from fl_app.privacy.base import Admission, PolicyError, Privacy, Request
-from fl_app.privacy.randomness import (
-    PrivacyRandomness,
-    reproducible_randomness_for_tests,
-    secret_randomness,
-)
+from fl_app.privacy.randomness import PrivacyRandomness, randomness_from
 from fl_app.privacy.release import CLASSES, may_tell
 from fl_app.private_training import train_privately
 from fl_app.site import Site
@@ -186,7 +182,7 @@ class ClientRuntime:
             num_examples=len(examples.train) if "num_examples" in self._told else 1,
             metrics={**(trained.metrics if "metrics" in self._told else {}), **figures},
             evaluation=evaluation,
-            budget=admission.budget,
+            budget=admission.budget if self._site.tells_budget() else None,
         )
 
     def evaluate(self, client: ClientId, params: Params) -> Evaluation:
@@ -235,9 +231,9 @@ class ClientRuntime:
         )
 
     def _randomness(self, client: ClientId, round: int, use: str) -> PrivacyRandomness:
-        if self._privacy.secret:
-            return secret_randomness()
-        return reproducible_randomness_for_tests(self._seed, f"{client}/{round}/{use}")
+        return randomness_from(
+            self._privacy.randomness, seed=self._seed, use=f"{client}/{round}/{use}"
+        )
 
     def _train(
         self,

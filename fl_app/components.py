@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from torch import nn
 
 from fl_app.algorithm import Algorithm, Composition
 from fl_app.attacks import NoAttack
 from fl_app.config import to_json
 from fl_app.flower_strategy import as_algorithm
 from fl_app.foreign import ClientAppChoice
-from fl_app.params import read_params
+from fl_app.params import read_params, trainable_names
 from fl_app.preflight import (
     check_aggregation,
     check_cohort,
@@ -30,6 +31,8 @@ from fl_app.preflight import (
     naming,
 )
 from fl_app.privacy.base import Privacy
+from fl_app.privacy.client_level import ClientLevel, ClientLevelPlan
+from fl_app.private_algorithm import check_client_level, plan_client_level
 from fl_app.private_preflight import FixedTask, check_privacy, planned_rounds
 from fl_app.selection import Selector
 from fl_app.stopping import Progress, Stopping
@@ -51,6 +54,7 @@ class Components:
     checks: UpdateChecks
     stopping: Stopping
     privacy: Privacy
+    release: ClientLevelPlan | None
     client_app: ClientAppChoice
     seed: int
 
@@ -83,6 +87,7 @@ def build(config_json: str) -> Components:
         checks=_make(config, "checks", "objection"),
         stopping=_make(config, "stopping", "after_round"),
         privacy=privacy,
+        release=None,
         client_app=_make(config, "client_app", "reader", "load"),
         seed=seed,
     )
@@ -115,7 +120,25 @@ def build(config_json: str) -> Components:
         check_aggregation(components.algorithm.aggregation, params, wanted)
     components = _with_plan(components, rounds=config["rounds"])
     check_privacy(components.privacy, model, data, components.training)
+    if isinstance(components.privacy, ClientLevel):
+        return _with_release(components, model, rounds=config["rounds"])
     return components
+
+
+def _with_release(components: Components, model: nn.Module, *, rounds: int) -> Components:
+    """Return components whose server adds noise: what it releases in each round, checked."""
+    algorithm, selector = components.algorithm, components.selector
+    check_client_level(
+        algorithm, selector, params=read_params(model), trainable=trainable_names(model)
+    )
+    plan = plan_client_level(
+        cast(ClientLevel, components.privacy),
+        selector,
+        components.data.clients,
+        rounds=rounds,
+        seed=components.seed,
+    )
+    return dataclasses.replace(components, release=plan)
 
 
 def _with_plan(components: Components, *, rounds: int) -> Components:

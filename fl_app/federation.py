@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.serverapp import Grid
 
-from fl_app.algorithm import ServerState
+from fl_app.algorithm import Algorithm, Composition, ServerState
 from fl_app.attacks import NoAttack
 from fl_app.checkpoint import Checkpoints
 from fl_app.components import Components, build, check_stopping, make_tracker, settled
@@ -28,6 +28,9 @@ from fl_app.config import to_json, to_yaml
 from fl_app.files import write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
 from fl_app.population import directory_of, engine_of, record_partition, some_of
+from fl_app.privacy.payments import LedgerPayments
+from fl_app.privacy.randomness import Source
+from fl_app.private_algorithm import ClientLevelAlgorithm
 from fl_app.rounds import Run, resume_from_checkpoint, run_rounds, writing_to
 from fl_app.run_config import file_name, local_path
 from fl_app.strategy import FederatedStrategy
@@ -80,6 +83,13 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
             f"client.attack={components.training.attack} is for simulated clients, and these are "
             "real: choose client/attack=none, or engine=local."
         )
+    if engine_of(grid) == "deployment":
+        for key, component in (("privacy", components.privacy), ("selection", components.selector)):
+            if getattr(component, "randomness", Source.SECRET) != Source.SECRET:
+                raise ConfigError(
+                    f"{key}.randomness={Source.REPRODUCIBLE_FOR_TESTS} promises no privacy, and "
+                    f"these clients are real: set {key}.randomness={Source.SECRET}."
+                )
     # A resumed run has its model in a checkpoint; the file it began from may be gone.
     path = None if config["resume"] else config["initial_model"]
     start = initial_model(components, path)
@@ -163,7 +173,7 @@ def _set_up(
     run = Run(
         name=_run_name(run_dir),
         strategy=FederatedStrategy(
-            algorithm=components.algorithm,
+            algorithm=_algorithm(components, run_dir),
             selector=components.selector,
             checks=components.checks,
             directory=directory,
@@ -198,6 +208,18 @@ def _set_up(
         run.strategy.resume(ServerState(round=0, params=params))
     log.info("Resumed after round %d.", resumed_from)
     return run, resumed_from
+
+
+def _algorithm(components: Components, run_dir: Path) -> Algorithm:
+    """Return what plays the rounds: with noise of the server's, paid from the run's ledger."""
+    if components.release is None:
+        return components.algorithm
+    return ClientLevelAlgorithm(
+        inner=cast(Composition, components.algorithm),
+        plan=components.release,
+        payments=LedgerPayments(run_dir),
+        seed=components.seed,
+    )
 
 
 def _run_name(run_dir: Path) -> str:
@@ -281,7 +303,11 @@ def _conclude(
             per_round=totals.median_round_s if totals else None,
         ),
         fairness=fairness_of(accuracies),
-        privacy=privacy_of(components.privacy, spent),
+        privacy=(
+            algorithm.spent(len(clients))
+            if isinstance(algorithm := run.strategy.algorithm, ClientLevelAlgorithm)
+            else privacy_of(components.privacy, spent)
+        ),
         stopped_by=reason,
         resumed_from_round=resumed_from,
     )

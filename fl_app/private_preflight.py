@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from fl_app.privacy.accounting import UnaccountableError, accountant_named
 from fl_app.privacy.base import Privacy
-from fl_app.selection import Selector
+from fl_app.selection import Selector, most_participations, secret_sample_rate
 from fl_app.tasks.base import Task
 from fl_app.training import LocalTraining
 from fl_app.types import ClientId, ConfigError, FederatedData, PrivacyUnit
@@ -157,15 +156,14 @@ def planned_rounds(
 
     Exact, from the schedule of cohorts that the seed gives; for schedules too long to draw, an
     upper bound that holds for all clients but with probability 10^-6 (Chernoff and union bounds).
+    All rounds where coins decide: who is asked is nobody's to know.
     """
+    if secret_sample_rate(selector) is not None:
+        return rounds
     wanted = selector.wanted(len(clients))
     if rounds * wanted <= _MOST_DRAWS:
-        times: Counter[ClientId] = Counter()
-        for round in range(1, rounds + 1):
-            times.update(selector.select(clients, round=round, seed=seed))
-        return max(times.values(), default=1)
+        return max(1, most_participations(selector, clients, rounds=rounds, seed=seed))
     mean = rounds * wanted / len(clients)
     slack = math.log(len(clients) * 1e6)
-    return min(
-        rounds, math.ceil(mean + slack / 3 + math.sqrt(slack * slack / 9 + 2 * slack * mean))
-    )
+    above = slack / 3 + math.sqrt(slack * slack / 9 + 2 * slack * mean)
+    return min(rounds, math.ceil(mean + above))

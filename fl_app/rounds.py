@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fl_app.algorithm import ServerState
 from fl_app.checkpoint import Checkpoints
 from fl_app.codec import instruction_config
+from fl_app.privacy.base import BudgetExhaustedError
 from fl_app.stopping import Progress, Stopping, describe_stop
 from fl_app.strategy import BudgetsSpentError, FederatedStrategy
 from fl_app.tracking.base import Trackers
@@ -110,7 +111,7 @@ def run_rounds(run: Run) -> StopReason:
             break
         try:
             arrays, report = _play_round(run, number, arrays)
-        except BudgetsSpentError as error:
+        except (BudgetsSpentError, BudgetExhaustedError) as error:
             log.warning("%s", error)
             run.stopped = StopReason.BUDGET
             log.info(describe_stop(run.stopped, number - 1))

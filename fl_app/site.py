@@ -19,6 +19,7 @@ from fl_app.privacy.base import Guard, PolicyError, Privacy
 from fl_app.privacy.guard import LedgerGuard, OpenGuard, guard_of
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.policy import Policy, Terms, read_policy
+from fl_app.privacy.randomness import Source
 from fl_app.types import ConfigError, Examples, PrivacyUnit
 
 POLICY = "FL_APP_POLICY"
@@ -37,6 +38,10 @@ class Site(Protocol):
 
     def may_tell(self) -> Collection[str]:
         """Return what clients may tell as it is; see `fl_app.privacy.release`."""
+        ...
+
+    def tells_budget(self) -> bool:
+        """Return whether the server may see how budgets stand."""
         ...
 
     def check_records(self, train: Examples) -> None:
@@ -81,6 +86,10 @@ class SimulatedSite:
         """Return what the configuration declares public."""
         return self.privacy.public
 
+    def tells_budget(self) -> bool:
+        """Return True: whoever runs the server runs the clients."""
+        return True
+
     def check_records(self, train: Examples) -> None:
         """Accept any: they were made for the run."""
 
@@ -99,7 +108,7 @@ class DeployedSite:
     _guard: list[Guard] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.privacy.secret:
+        if self.privacy.randomness != Source.SECRET:
             raise PolicyError(
                 "privacy.randomness=reproducible_for_tests promises no privacy: a deployed client "
                 "draws its noise in secret. Set privacy.randomness=secret."
@@ -131,6 +140,10 @@ class DeployedSite:
         if self.policy is None:
             return self.privacy.public
         return frozenset(self.privacy.public) & frozenset(map(str, self.policy.public))
+
+    def tells_budget(self) -> bool:
+        """Return what the policy says."""
+        return self.policy is not None and self.policy.share_budget
 
     def check_records(self, train: Examples) -> None:
         """Compare them with what the policy says of them. Raises `PolicyError`."""

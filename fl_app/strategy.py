@@ -8,7 +8,7 @@ tracking, is `fl_app.rounds`; Flower's own ``Strategy.start`` drives it just as 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -24,6 +24,7 @@ from fl_app.codec import (
     instruction,
     train_messages,
 )
+from fl_app.cohort_figures import accuracies, mean_metrics
 from fl_app.directory import Directory, KnowsClients
 from fl_app.foreign import OurReplies, Replies
 from fl_app.params import num_bytes
@@ -154,7 +155,7 @@ class FederatedStrategy(Strategy):
         updates, failures = self._collect(server_round, replies)
         self._account(updates, failures)
         step = self._step(updates, server_round)
-        metrics = {} if self._hides else _mean_metrics(updates)
+        metrics = {} if self._hides else mean_metrics(updates)
         budgets = self.state.budgets.values()
         worst = max(budgets, key=lambda budget: budget.epsilon_spent, default=None)
         if step is not None:
@@ -166,7 +167,7 @@ class FederatedStrategy(Strategy):
             applied=step is not None,
             failures=failures,
             client_metrics=metrics,
-            client_accuracy=_accuracies(updates),
+            client_accuracy=accuracies(updates),
             epsilon=worst.epsilon_spent if worst else step.epsilon if step else None,
             epsilon_budget=worst.epsilon if worst else None,
             uplink_bytes=sum(u.num_bytes for u in updates),
@@ -389,29 +390,3 @@ class FederatedStrategy(Strategy):
             reason = " ".join(objection.split())[:500]  # it may quote what a client sent
             return Failure(client=client, kind=FailureKind.REJECTED, reason=reason)
         return update
-
-
-def _mean_metrics(updates: Iterable[ClientUpdate]) -> dict[str, float]:
-    """Return means over the cohort, weighted by the records each figure was measured on."""
-    sums: dict[str, float] = {}
-    weights: dict[str, int] = {}
-
-    def add(prefix: str, metrics: Mapping[str, float], weight: int) -> None:
-        for name, value in metrics.items():
-            key = f"{prefix}_{name}"
-            sums[key] = sums.get(key, 0.0) + weight * value
-            weights[key] = weights.get(key, 0) + weight
-
-    for update in updates:
-        add("train", update.metrics, update.num_examples)
-        if update.evaluation is not None:
-            add("test", update.evaluation.metrics, update.evaluation.num_examples)
-    return {key: sums[key] / weights[key] for key in sums}
-
-
-def _accuracies(updates: Iterable[ClientUpdate]) -> dict[ClientId, float]:
-    return {
-        update.client: update.evaluation.metrics["accuracy"]
-        for update in updates
-        if update.evaluation is not None and "accuracy" in update.evaluation.metrics
-    }

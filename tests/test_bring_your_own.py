@@ -60,6 +60,7 @@ def shell(command: str, cwd: Path, *overrides: str) -> Path:
     return Path(cwd, done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # two commands, on a machine that may be busy
 def test_the_section_of_the_readme_runs_on_every_engine_with_the_same_bits(tmp_path: Path) -> None:
     command = unpack(tmp_path, "README.md", "Your own data and model")

@@ -86,7 +86,7 @@ def test_json_prints_the_summary_alone(capfd: pytest.CaptureFixture[str]) -> Non
         ["check", "--config-dir", "nowhere"],
         ["check", "resume=nowhere"],
         ["run", "task=null"],
-        ["run", "privacy=record"],
+        ["run", "privacy=record", "privacy.delta=2"],
         ["run", "task/model=cnn", "task=breast_cancer"],
         ["run", "partition.num_clients=2000"],
         ["run", "resume=nowhere"],
@@ -205,6 +205,7 @@ def test_a_users_task_that_breaks_is_answered_without_a_traceback(tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]], ids=["run", "sweep"])
 def test_an_interrupted_run_says_how_to_go_on(sweep: list[str], tmp_path: Path) -> None:
     folders = ["hydra.run.dir=run/0", "hydra.sweep.dir=run"]

@@ -21,11 +21,12 @@ GROUPS = sorted(
 
 # Choices that need another choice beside them: a natural partition needs a task with owners, a
 # generated one needs a task that generates, privacy a plan; they are built in tests of their own.
-NEEDS_COMPANY = {"partition/natural", "partition/generated", "privacy/client", "privacy/local"}
+NEEDS_COMPANY = {"partition/natural", "partition/generated"}
 
 SMALLER = {
     "partition/exponential": ["partition.num_clients=4"],
     "strategy/bulyan": ["selection.fraction=1"],
+    "privacy/client": ["strategy.aggregation.weighting=uniform"],
 }
 
 

@@ -344,6 +344,7 @@ def test_bad_input_is_one_message(overrides, words) -> None:
         build(to_json(compose_config(overrides)))
 
 
+@pytest.mark.slow
 def test_a_strategy_of_ones_own_with_its_objective_named_on_the_command_line(tmp_path) -> None:
     (tmp_path / "my_rules.py").write_text(
         "from flwr.serverapp.strategy import FedAvg\n\n\n"

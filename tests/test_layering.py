@@ -34,7 +34,7 @@ LAYERS = [
     ["codec"],
     ["foreign"],
     ["site"],
-    ["client", "directory", "algorithm"],
+    ["client", "directory", "algorithm", "cohort_figures"],
     ["flower_strategy", "private_algorithm"],
     ["strategy"],
     ["rounds", "preflight", "private_preflight"],

@@ -117,6 +117,7 @@ def test_two_workers_give_the_bits_of_one(tmp_path: Path) -> None:
     assert rounds_of(one) == rounds_of(two)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_abandoned_clients_with_large_models_and_memories_block_nobody(tmp_path: Path) -> None:
     # Replies and memories far beyond a pipe's buffer; two in five clients are abandoned.

@@ -188,6 +188,7 @@ def test_a_run_that_another_process_plays_cannot_be_resumed(tmp_path: Path) -> N
         holder.communicate()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_way_to_go_on_and_loses_nothing(tmp_path: Path) -> None:
     reference = play(tmp_path / "whole", "rounds=40")
     run_dir = tmp_path / "run"

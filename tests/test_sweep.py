@@ -100,6 +100,7 @@ def test_a_member_is_the_run_it_would_be_alone_whatever_stood_before_it(
         assert hashes[strategy, seed] == single
 
 
+@pytest.mark.slow
 def test_a_member_that_breaks_half_way_leaves_nothing_to_the_next(tmp_path: Path) -> None:
     # One that another number of threads and clients' memories are left by, in mid-round.
     (tmp_path / "own.py").write_text(
@@ -233,6 +234,7 @@ def start(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["the command", "its whole group"])
 @pytest.mark.parametrize(
     "launcher",

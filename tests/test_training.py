@@ -17,7 +17,9 @@ from fl_app.client import ClientRuntime, SimulatedFailureError
 from fl_app.client_state import ClientStateStore, DiskClientState, MemoryClientState
 from fl_app.objective import LocalObjective, OwnLoss, Proximal
 from fl_app.params import read_params, trainable_names, write_params
+from fl_app.privacy.none import NoPrivacy
 from fl_app.server_optimizer import apply_change
+from fl_app.site import SimulatedSite
 from fl_app.training import (
     ClientTimeoutError,
     LocalTraining,
@@ -426,6 +428,8 @@ def runtime(
         objective=OwnLoss(),
         seed=1,
         states=states or MemoryClientState(),
+        privacy=NoPrivacy(),
+        site=SimulatedSite(privacy=NoPrivacy(), data_set="test"),
     )
 
 

@@ -17,11 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol, TypeAlias
 
-import dp_accounting
 import numpy as np
-from dp_accounting.pld import PLDAccountant
-from opacus.accountants import PRVAccountant
-from opacus.accountants.analysis import rdp as opacus_rdp
 
 from fl_app.types import ConfigError, FlAppError
 
@@ -98,6 +94,8 @@ class RdpAccountant:
 
     def epsilon(self, events: Iterable[GaussianEvent], *, delta: float) -> float:
         """Return an upper bound on epsilon at ``delta`` for all events together."""
+        from opacus.accountants.analysis import rdp as opacus_rdp
+
         total = np.zeros(len(ORDERS))
         for (noise_multiplier, sample_rate), count in _grouped(events).items():
             total = total + count * rdp_of(noise_multiplier, sample_rate)
@@ -113,6 +111,8 @@ def rdp_of(
     noise_multiplier: float, sample_rate: float
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the Renyi divergence of one application at each of `ORDERS`."""
+    from opacus.accountants.analysis import rdp as opacus_rdp  # takes a second to import
+
     with _answer_or_error():
         divergences = opacus_rdp.compute_rdp(
             q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS
@@ -129,6 +129,9 @@ class PldAccountant:
 
     def epsilon(self, events: Iterable[GaussianEvent], *, delta: float) -> float:
         """Return an upper bound on epsilon at ``delta`` for all events together."""
+        import dp_accounting
+        from dp_accounting.pld import PLDAccountant
+
         grouped = _grouped(events)
         if not grouped:
             return 0.0
@@ -156,6 +159,8 @@ class PrvAccountant:
 
     def epsilon(self, events: Iterable[GaussianEvent], *, delta: float) -> float:
         """Return an upper bound on epsilon at ``delta`` for all events together."""
+        from opacus.accountants import PRVAccountant
+
         accountant = PRVAccountant()
         accountant.history = [
             (noise_multiplier, sample_rate, count)

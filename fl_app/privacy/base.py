@@ -114,8 +114,8 @@ class Privacy(Protocol):
         ...
 
     @property
-    def secret(self) -> bool:
-        """Whether its randomness is the kind that nobody can repeat."""
+    def randomness(self) -> str:
+        """Where noise and coins come from; see `fl_app.privacy.randomness.Source`."""
         ...
 
     def event(self, num_examples: int, *, batch_size: int, epochs: int) -> GaussianEvent | None:

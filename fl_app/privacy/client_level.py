@@ -13,7 +13,7 @@ The server sees every update, and is trusted to add the noise and to forget what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,25 +93,42 @@ class ClientLevel:
         """Whose presence is hidden."""
         return PrivacyUnit.CLIENT
 
-    def event(self, num_examples: int, training: object) -> GaussianEvent | None:
+    @property
+    def limit(self) -> None:
+        """Clients have no say: the server stops before ``target_epsilon`` is passed."""
+        return
+
+    @property
+    def public(self) -> Collection[str]:
+        """Clients tell nothing but their update."""
+        return ()
+
+    @property
+    def ledger(self) -> None:
+        """Clients pay nothing themselves."""
+        return
+
+    def event(self, num_examples: int, *, batch_size: int, epochs: int) -> None:
         """Return None: the server adds the noise, and pays for it on behalf of all clients."""
-        return None
+
+    def steps(self, num_examples: int, *, batch_size: int, epochs: int) -> None:
+        """Return None: clients train plainly."""
 
     def protect(
-        self, delta: Params, *, bound: float | None, randomness: PrivacyRandomness
+        self, delta: Params, *, max_norm: float | None, randomness: PrivacyRandomness
     ) -> tuple[Params, Mapping[str, float]]:
         """Return a client's update clipped, and what is told besides.
 
         Args:
             delta: The update as training made it.
-            bound: The round's C, as the server tells it; None for ``max_norm``.
+            max_norm: The round's C, as the server tells it; None for the first round's.
             randomness: Unused: the server adds the noise.
 
         Returns:
             The update, in its own types; and `CLIPPED` if the bound adapts, which the server makes
             noise on and pays for.
         """
-        max_norm = self.max_norm if bound is None else bound
+        max_norm = self.max_norm if max_norm is None else max_norm
         clipped = rounded_like(clipped_sum([delta], like=delta, max_norm=max_norm), delta)
         if self.target_quantile is None:
             return clipped, {}

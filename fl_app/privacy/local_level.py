@@ -12,7 +12,7 @@ Not hidden: that a client was asked, whether it answered, and when.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,6 +44,8 @@ class LocalLevel:
         delta: In (0, 1).
         max_norm: L2 bound C on a client's whole update, > 0.
         accountant: "rdp", "pld" or "prv".
+        ledger: File that accounts for the clients of a simulation; None for one in the run's
+            folder.
         randomness: "secret"; or "reproducible_for_tests", which promises no privacy.
     """
 
@@ -54,6 +56,7 @@ class LocalLevel:
     delta: float = 1e-5
     max_norm: float = 1.0
     accountant: str = "rdp"
+    ledger: str | None = None
     randomness: str = Source.SECRET
 
     def __post_init__(self) -> None:
@@ -95,12 +98,20 @@ class LocalLevel:
             )
         return _solved(self.accountant, self.planned_rounds, self.target_epsilon or 0.0, self.delta)
 
-    def event(self, num_examples: int, training: object) -> GaussianEvent | None:
+    @property
+    def public(self) -> Collection[str]:
+        """Clients tell nothing but their update."""
+        return ()
+
+    def steps(self, num_examples: int, *, batch_size: int, epochs: int) -> None:
+        """Return None: clients train plainly."""
+
+    def event(self, num_examples: int, *, batch_size: int, epochs: int) -> GaussianEvent:
         """Return what one round costs the client: the same whatever it owns and how it trains."""
         return GaussianEvent(noise_multiplier=self.noise / 2)
 
     def protect(
-        self, delta: Params, *, bound: float | None, randomness: PrivacyRandomness
+        self, delta: Params, *, max_norm: float | None, randomness: PrivacyRandomness
     ) -> tuple[Params, Mapping[str, float]]:
         """Return a client's update clipped and noised, in its own types; and nothing besides.
 
@@ -109,7 +120,7 @@ class LocalLevel:
 
         Args:
             delta: The update as training made it.
-            bound: Unused: no server's word changes the bound.
+            max_norm: Unused: no server's word changes the bound.
             randomness: Where the noise comes from.
         """
         clipped = clipped_sum([delta], like=delta, max_norm=self.max_norm)

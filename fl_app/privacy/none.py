@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from fl_app.privacy.randomness import PrivacyRandomness
+from fl_app.privacy.randomness import PrivacyRandomness, Source
 from fl_app.privacy.release import DECLARABLE
 from fl_app.types import Params, PrivacyUnit
 
@@ -45,9 +45,9 @@ class NoPrivacy:
         return
 
     @property
-    def secret(self) -> bool:
-        """It draws nothing that could be repeated."""
-        return True
+    def randomness(self) -> str:
+        """Of no meaning: it draws nothing."""
+        return Source.SECRET
 
     @property
     def noise_multiplier(self) -> None:

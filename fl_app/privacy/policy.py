@@ -13,7 +13,7 @@ accountant: rdp             # or pld or prv, for one fixed mechanism
 tasks: [ecg]                # tasks that may use the records; empty or left out: any
 least_noise_multiplier: 0.0 # noise below which nothing is trained, whatever the budget
 share_budget: false         # whether the server may see how the budget stands
-public: []                  # of a reply: num_examples, label_counts, metrics, evaluation, duration
+public: []                  # of a reply: num_examples, label_counts, metrics, evaluation
 records: 4000               # how many training records there are, or their fingerprint
 clock_tolerance_s: 300      # how far the clock may have gone back since the last charge
 ```
@@ -35,29 +35,13 @@ import yaml
 
 from fl_app.privacy.accounting import Accountant, accountant_named
 from fl_app.privacy.ledger import CLOCK_TOLERANCE_S, Ledger
+from fl_app.privacy.release import PublicField
 from fl_app.run_config import closest
 from fl_app.types import ConfigError, Examples, PrivacyUnit
 
 VERSION = 1
 _OTHERS_WRITE = 0o022
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
-
-
-class PublicField(StrEnum):
-    """What a reply holds besides the model, which an owner may declare to be no secret.
-
-    NUM_EXAMPLES: the exact number of records trained on.
-    LABEL_COUNTS: records of each class.
-    METRICS: figures of the local training, such as the mean loss.
-    EVALUATION: the received model's figures on the client's own held-out part.
-    DURATION: how long the training took.
-    """
-
-    NUM_EXAMPLES = "num_examples"
-    LABEL_COUNTS = "label_counts"
-    METRICS = "metrics"
-    EVALUATION = "evaluation"
-    DURATION = "duration"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,9 @@ from functools import lru_cache
 from fl_app.privacy.accounting import GaussianEvent, accountant_named, solve_noise
 from fl_app.privacy.base import RecordPlan
 from fl_app.privacy.dp_sgd import DpSgd, GradientMode
-from fl_app.privacy.randomness import PoissonSampling, PrivacyRandomness
+from fl_app.privacy.randomness import PoissonSampling, PrivacyRandomness, Source, check_source
 from fl_app.privacy.release import check_public
 from fl_app.types import ConfigError, Params, PrivacyUnit
-
-RANDOMNESS = ("secret", "reproducible_for_tests")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class RecordLevel:
     public: Sequence[str] = ()
     fix: bool = False
     ledger: str | None = None
-    randomness: str = "secret"
+    randomness: str = Source.SECRET
 
     def __post_init__(self) -> None:
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
@@ -89,10 +87,7 @@ class RecordLevel:
             raise ConfigError(f"privacy.delta={self.delta} must lie in (0, 1), well below 1/n.")
         if self.planned_rounds is not None and self.planned_rounds < 1:
             raise ConfigError(f"privacy.planned_rounds={self.planned_rounds} must be >= 1.")
-        if self.randomness not in RANDOMNESS:
-            raise ConfigError(
-                f"privacy.randomness={self.randomness} is not known: choose {RANDOMNESS[0]}."
-            )
+        check_source("privacy.randomness", self.randomness)
         accountant_named(self.accountant)
         check_public(self.public)
         self._mechanism(1.0, 1)  # checks the rest
@@ -107,11 +102,6 @@ class RecordLevel:
         """Epsilon beyond which a client declines, as far as the configuration says; or None."""
         limits = [e for e in (self.epsilon_budget, self.target_epsilon) if e is not None]
         return min(limits, default=None)
-
-    @property
-    def secret(self) -> bool:
-        """Whether its randomness is the kind that nobody can repeat."""
-        return self.randomness == "secret"
 
     def event(self, num_examples: int, *, batch_size: int, epochs: int) -> GaussianEvent:
         """Return what one round costs a client with that many records: all its steps.

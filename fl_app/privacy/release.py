@@ -21,6 +21,21 @@ class Release(StrEnum):
     DECLARED = "withheld unless declared public"
 
 
+class PublicField(StrEnum):
+    """What a reply holds besides the update, which an owner may declare to be no secret.
+
+    NUM_EXAMPLES: the exact number of records trained on.
+    LABEL_COUNTS: records of each class.
+    METRICS: figures of the local training, such as the mean loss.
+    EVALUATION: the received model's figures on the client's own held-out part.
+    """
+
+    NUM_EXAMPLES = "num_examples"
+    LABEL_COUNTS = "label_counts"
+    METRICS = "metrics"
+    EVALUATION = "evaluation"
+
+
 CLASSES = {
     "delta": Release.CHARGED,
     "clipped": Release.CHARGED,  # the bit of adaptive clipping
@@ -28,14 +43,11 @@ CLASSES = {
     "round": Release.PUBLIC,
     "epsilon": Release.PUBLIC,  # a function of sample rate, noise and rounds: not of the records
     "duration": Release.PUBLIC,  # see PRIVACY.md: it tells the sizes of batches, and so about n
-    "num_examples": Release.DECLARED,
-    "metrics": Release.DECLARED,
-    "evaluation": Release.DECLARED,
-    "label_counts": Release.DECLARED,
+    **dict.fromkeys(map(str, PublicField), Release.DECLARED),
 }
 """Everything that a reply of ours can tell."""
 
-DECLARABLE = tuple(name for name, kind in CLASSES.items() if kind is Release.DECLARED)
+DECLARABLE = tuple(map(str, PublicField))
 """What may be declared public; it is withheld otherwise."""
 
 

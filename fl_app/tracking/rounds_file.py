@@ -64,7 +64,7 @@ def report_from_json(entry: Mapping[str, Any]) -> RoundReport:
             client_metrics=_numbers(entry["client_metrics"]),
             client_accuracy=_numbers(entry["client_accuracy"]),
             epsilon=None if entry["epsilon"] is None else float(entry["epsilon"]),
-            epsilon_budget=None if (limit := entry.get("epsilon_budget")) is None else float(limit),
+            epsilon_budget=None if (limit := entry["epsilon_budget"]) is None else float(limit),
             uplink_bytes=int(entry["uplink_bytes"]),
             downlink_bytes=int(entry["downlink_bytes"]),
             uplink_uncompressed_bytes=int(entry["uplink_uncompressed_bytes"]),

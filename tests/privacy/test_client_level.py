@@ -118,12 +118,12 @@ def test_the_same_seed_gives_other_noise_unless_tests_ask_by_name() -> None:
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), st.floats(1e-3, 1e3))
 def test_a_client_clips_to_the_bound_it_is_told_and_says_so_only_if_asked(values, bound) -> None:
     delta = {"w": torch.tensor(values)}
-    fixed, told = ClientLevel().protect(delta, bound=bound, randomness=secret())
+    fixed, told = ClientLevel().protect(delta, max_norm=bound, randomness=secret())
     assert fixed["w"].dtype == torch.float32
     assert fixed["w"].double().norm() <= bound * (1 + 1e-6)
     assert told == {}
     adaptive, told = ClientLevel(target_quantile=0.5).protect(
-        delta, bound=bound, randomness=secret()
+        delta, max_norm=bound, randomness=secret()
     )
     assert torch.equal(adaptive["w"], fixed["w"])
     assert told == {CLIPPED: float(delta["w"].double().norm() > bound)}
@@ -131,20 +131,20 @@ def test_a_client_clips_to_the_bound_it_is_told_and_says_so_only_if_asked(values
 
 def test_without_word_of_the_server_the_configured_bound_holds() -> None:
     delta = {"w": torch.tensor([3.0, 4.0])}
-    clipped, _ = ClientLevel(max_norm=2.5).protect(delta, bound=None, randomness=secret())
+    clipped, _ = ClientLevel(max_norm=2.5).protect(delta, max_norm=None, randomness=secret())
     assert clipped["w"].tolist() == [1.5, 2.0]
 
 
 def test_a_broken_update_becomes_zero_and_counts_as_clipped() -> None:
     delta = {"w": torch.tensor([math.nan, 1.0])}
-    sent, told = ClientLevel(target_quantile=0.5).protect(delta, bound=1.0, randomness=secret())
+    sent, told = ClientLevel(target_quantile=0.5).protect(delta, max_norm=1.0, randomness=secret())
     assert sent["w"].tolist() == [0.0, 0.0]
     assert told == {CLIPPED: 1.0}
 
 
 def test_a_client_pays_nothing_itself() -> None:
     assert ClientLevel().unit is PrivacyUnit.CLIENT
-    assert ClientLevel().event(100, None) is None
+    assert ClientLevel().event(100, batch_size=8, epochs=1) is None
 
 
 # The adaptive bound -------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_opposite_updates_are_that_far_apart() -> None:
 
 
 def test_so_a_round_costs_a_gaussian_of_half_the_noise_multiplier() -> None:
-    event = LocalLevel(noise_multiplier=6.0).event(100, None)
+    event = LocalLevel(noise_multiplier=6.0).event(100, batch_size=8, epochs=1)
     assert event is not None
     assert (event.noise_multiplier, event.sample_rate, event.count) == (3.0, 1.0, 1)
     google = GooglesRdp()
@@ -56,7 +56,7 @@ def test_every_entry_gets_noise_of_z_c_whatever_the_update_was(entry) -> None:
     z, c, size = 2.0, 0.5, 100_000
     delta = {"w": torch.full((size - 1,), entry), "b": torch.full((1,), entry)}
     sent, told = LocalLevel(noise_multiplier=z, max_norm=c).protect(
-        delta, bound=1e9, randomness=secret_randomness()
+        delta, max_norm=1e9, randomness=secret_randomness()
     )
     centre = c / math.sqrt(size) if entry > 0 else 0.0
     released = torch.cat([sent["w"], sent["b"]])
@@ -70,7 +70,7 @@ def test_no_word_of_the_server_changes_what_is_sent() -> None:
     delta = {"w": torch.ones(10)}
     sent = [
         LocalLevel().protect(
-            delta, bound=bound, randomness=reproducible_randomness_for_tests(1, "a")
+            delta, max_norm=bound, randomness=reproducible_randomness_for_tests(1, "a")
         )[0]["w"]
         for bound in (None, 1e-9, 1e9)
     ]
@@ -80,7 +80,7 @@ def test_no_word_of_the_server_changes_what_is_sent() -> None:
 
 def test_a_target_is_met_after_the_planned_rounds() -> None:
     level = LocalLevel(noise_multiplier=None, target_epsilon=4.0, planned_rounds=10)
-    event = level.event(1, None)
+    event = level.event(1, batch_size=8, epochs=1)
     assert event is not None
     assert 3.97 < RdpAccountant().epsilon([event.times(10)], delta=1e-5) <= 4.0
     assert level.limit == 4.0
@@ -88,7 +88,7 @@ def test_a_target_is_met_after_the_planned_rounds() -> None:
 
 def test_a_target_without_planned_rounds_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs privacy.planned_rounds"):
-        LocalLevel(noise_multiplier=None, target_epsilon=4.0).event(1, None)
+        LocalLevel(noise_multiplier=None, target_epsilon=4.0).event(1, batch_size=8, epochs=1)
 
 
 def test_the_limit_is_the_lower_of_budget_and_target() -> None:

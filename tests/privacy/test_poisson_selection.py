@@ -12,7 +12,8 @@ import pytest
 from helpers import TINY, play, rounds_of
 from scipy import stats
 
-from fl_app.config import build, compose_config, to_json
+from fl_app.components import build
+from fl_app.config import compose_config, to_json
 from fl_app.privacy.randomness import KeyedRandomness, secret_randomness
 from fl_app.selection import (
     Poisson,

@@ -10,7 +10,8 @@ from helpers import REPOSITORY
 
 from fl_app.privacy import policy as module
 from fl_app.privacy.accounting import PrvAccountant, RdpAccountant
-from fl_app.privacy.policy import Policy, PublicField, Terms, fingerprint, read_policy
+from fl_app.privacy.policy import Policy, Terms, fingerprint, read_policy
+from fl_app.privacy.release import PublicField
 from fl_app.types import ConfigError, Examples, PrivacyUnit
 
 LEAST = {
@@ -79,7 +80,7 @@ def test_every_entry_is_taken_as_it_is_written(tmp_path: Path) -> None:
         accountant="prv",
         least_noise_multiplier="1",
         share_budget="yes",
-        public="[num_examples, duration]",
+        public="[num_examples, metrics]",
         records="sha256:" + "0a" * 32,
         clock_tolerance_s="1e3",
     )
@@ -88,7 +89,7 @@ def test_every_entry_is_taken_as_it_is_written(tmp_path: Path) -> None:
     assert policy.ledger == tmp_path / "elsewhere" / "spent.jsonl"
     assert policy.make_accountant() == PrvAccountant()
     assert policy.least_noise_multiplier == 1.0
-    assert policy.public == {PublicField.NUM_EXAMPLES, PublicField.DURATION}
+    assert policy.public == {PublicField.NUM_EXAMPLES, PublicField.METRICS}
     assert policy.share_budget
     assert policy.clock_tolerance_s == 1000
 
@@ -126,7 +127,7 @@ def test_the_ledger_lies_beside_the_policy_wherever_the_command_was_typed(
         ({"least_noise_multiplier": "-1"}, "least_noise_multiplier=-1.0 must be >= 0"),
         ({"share_budget": "1"}, "share_budget=1 must be true or false"),
         ({"public": "[loss]"}, "public=loss is not known.*num_examples, label_counts, metrics"),
-        ({"public": "[durations]"}, "did you mean duration"),
+        ({"public": "[metric]"}, "did you mean metrics"),
         ({"public": "num_examples"}, "must be a list"),
         ({"records": "0"}, "records=0 must be >= 1"),
         ({"records": "1.5"}, "records=1.5 must be a whole number"),

@@ -74,6 +74,7 @@ def test_epsilon_is_that_of_all_rounds_a_client_took_part_in(tmp_path) -> None:
     assert len(entries(run)) == sum(times.values())
 
 
+@pytest.mark.slow
 def test_workers_are_paid_for_once_and_give_the_same_bits(tmp_path) -> None:
     one = play(tmp_path / "one", *PRIVATE, FOR_TESTS)
     two = play(tmp_path / "two", *PRIVATE, FOR_TESTS, "engine.workers=2")
