@@ -32,7 +32,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-all check lint format types bench bench-startup lock wheels docker-build docker-run clean
+.PHONY: help run test test-slow test-all check lint format types bench bench-startup bench-privacy lock wheels docker-build docker-run clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,10 @@ bench: $(INSTALLED) ## Measure seconds per round
 
 bench-startup: $(INSTALLED) ## Measure how long runs take to start, on each engine and under flwr run
 	$(PY) tests/bench/startup.py $(ARGS)
+
+bench-privacy: $(INSTALLED) ## Measure what privacy costs: accuracy against epsilon, seconds a round
+	OMP_NUM_THREADS=1 $(PY) tests/bench/privacy_cost.py
+	OMP_NUM_THREADS=1 $(PY) tests/bench/ledger_round.py
 
 lock: ## Resolve all versions anew in a throw-away environment and write constraints.txt
 	@set -eu; $(require-python); tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \

@@ -85,9 +85,10 @@ class Accountant(Protocol):
 class RdpAccountant:
     """Renyi DP (Mironov 2017, arXiv:1702.07476; Mironov et al. 2019, arXiv:1908.10530), by Opacus.
 
-    The only one whose bound also holds when later mechanisms were chosen in view of what earlier
-    ones released, as when a data owner joins one study after another (Feldman & Zrnic 2021,
-    arXiv:2008.11193): hence the default.
+    The only one that also bounds mechanisms of which later ones were chosen in view of what earlier
+    ones released, as when a data owner joins one study after another: hence the default. At one
+    order fixed beforehand divergences then add up too (Feldman & Zrnic 2021, arXiv:2008.11193);
+    for the best of several orders each is a case of its own: see `adaptive_delta`.
     """
 
     name: str = "rdp"
@@ -192,6 +193,16 @@ def accountant_named(name: str) -> Accountant:
     return _ACCOUNTANTS[name]()
 
 
+def adaptive_delta(events: Iterable[GaussianEvent], delta: float) -> float:
+    """Return the delta at which Renyi DP is to be converted for what an account holds.
+
+    With several mechanisms, which may have been chosen in view of one another, each of the orders
+    gets an equal part of delta, so that all their bounds hold at once (a union bound), and with
+    them the one that is best in the end. One and the same mechanism is all of delta's.
+    """
+    return delta / len(ORDERS) if len(_grouped(events)) > 1 else delta
+
+
 def composes_adaptively(accountant: Accountant) -> bool:
     """Return whether its bound holds for mechanisms chosen in view of what others released.
 
@@ -203,9 +214,11 @@ def composes_adaptively(accountant: Accountant) -> bool:
 
 
 def epsilons(
-    accountant: Accountant, histories: Sequence[Iterable[GaussianEvent]], *, delta: float
+    accountant: Accountant, histories: Sequence[Sequence[GaussianEvent]], *, delta: float
 ) -> list[float]:
-    """Return what `Accountant.epsilon` does for each history, inf where it has no finite answer.
+    """Return what each account has spent, inf where there is no finite answer.
+
+    `Accountant.epsilon` at `adaptive_delta`, for all accounts together.
 
     By Renyi DP all are converted at once; the other accountants take 0.05 to 0.5 s for each
     history that they have not seen lately.
@@ -222,7 +235,8 @@ def epsilons(
     # Balle et al. 2020, arXiv:1905.09982, Theorem 21, as Opacus converts.
     orders = np.asarray(ORDERS)
     with np.errstate(invalid="ignore"):
-        bounds = totals - (math.log(delta) + np.log(orders)) / (orders - 1)
+        deltas = np.array([adaptive_delta(h, delta) for h in histories]).reshape(-1, 1)
+        bounds = totals - (np.log(deltas) + np.log(orders)) / (orders - 1)
         bounds += np.log((orders - 1) / orders)
     best = np.fmin.reduce(bounds, axis=1)  # leaves NaN out where there is another bound
     best = np.where(np.isnan(best), math.inf, np.maximum(best, 0.0))

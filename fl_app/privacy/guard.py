@@ -20,6 +20,7 @@ from fl_app.privacy.accounting import (
     GaussianEvent,
     RdpAccountant,
     UnaccountableError,
+    adaptive_delta,
     composes_adaptively,
     epsilons,
     rounds_allowed,
@@ -260,6 +261,7 @@ def _applications_allowed(
     history = Tally(counts=dict(sorted(others))).events
     if not composes_adaptively(accountant):
         return step * _steps_allowed(accountant, event, epsilon=epsilon, delta=delta)
+    delta = adaptive_delta([*history, event], delta)
     return rounds_allowed(
         accountant, history, event, epsilon=epsilon, delta=delta, at_most=_ANY_NUMBER
     )

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_app.privacy.accounting import (
+    ORDERS,
     GaussianEvent,
     PldAccountant,
     PrvAccountant,
     RdpAccountant,
+    adaptive_delta,
     epsilons,
     rounds_allowed,
 )
@@ -95,12 +97,13 @@ def test_counting_is_a_fresh_solve_after_any_charges_of_anyone(cohorts, epsilon)
             verdicts = guards[cohort[0][3]].admit(requests)
             for request, verdict in zip(requests, verdicts, strict=True):
                 history, event = paid[request.client], request.event
-                fresh = rounds_allowed(RDP, history, event, epsilon=epsilon, delta=1e-5)
+                delta = adaptive_delta([*history, event], 1e-5)
+                fresh = rounds_allowed(RDP, history, event, epsilon=epsilon, delta=delta)
                 if isinstance(verdict, Budget):
                     history.append(event)
                     assert verdict.rounds_left == fresh - 1
                     assert verdict.epsilon_spent == pytest.approx(
-                        RDP.epsilon(history, delta=1e-5), rel=1e-12
+                        RDP.epsilon(history, delta=adaptive_delta(history, 1e-5)), rel=1e-12
                     )
                     assert verdict.epsilon_spent <= epsilon
                 else:
@@ -338,7 +341,7 @@ def test_a_tighter_accountant_allows_more_of_one_mechanism_and_no_other(
 )
 def test_many_epsilons_at_once_are_those_one_by_one(histories, delta) -> None:
     assert epsilons(RDP, histories, delta=delta) == pytest.approx(
-        [RDP.epsilon(history, delta=delta) for history in histories], rel=1e-12
+        [RDP.epsilon(h, delta=adaptive_delta(h, delta)) for h in histories], rel=1e-12
     )
 
 
@@ -347,3 +350,12 @@ def test_an_epsilon_that_is_not_there_does_not_spoil_the_others() -> None:
     for accountant in (RDP, PrvAccountant()):
         found = epsilons(accountant, [[EVENT], [hopeless], [], [hopeless, EVENT]], delta=1e-5)
         assert found == [accountant.epsilon([EVENT], delta=1e-5), math.inf, 0.0, math.inf]
+
+
+def test_mechanisms_that_may_have_been_chosen_in_view_of_one_another_share_delta() -> None:
+    other = replace(EVENT, noise_multiplier=2 * EVENT.noise_multiplier)
+    [alone, again, mixed] = epsilons(RDP, [[EVENT], [EVENT, EVENT], [EVENT, other]], delta=1e-5)
+    assert alone == RDP.epsilon([EVENT], delta=1e-5)
+    assert again == RDP.epsilon([EVENT.times(2)], delta=1e-5)
+    assert mixed == pytest.approx(RDP.epsilon([EVENT, other], delta=1e-5 / len(ORDERS)))
+    assert mixed > RDP.epsilon([EVENT, other], delta=1e-5)
