@@ -31,6 +31,7 @@ from fl_app.population import directory_of, engine_of, record_partition, some_of
 from fl_app.privacy.payments import LedgerPayments
 from fl_app.privacy.randomness import Source
 from fl_app.private_algorithm import ClientLevelAlgorithm
+from fl_app.private_preflight import FixedTask
 from fl_app.rounds import Run, resume_from_checkpoint, run_rounds, writing_to
 from fl_app.run_config import file_name, local_path
 from fl_app.strategy import FederatedStrategy
@@ -90,6 +91,9 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
                     f"{key}.randomness={Source.REPRODUCIBLE_FOR_TESTS} promises no privacy, and "
                     f"these clients are real: set {key}.randomness={Source.SECRET}."
                 )
+    if isinstance(components.task, FixedTask):
+        for change in components.task.changes():
+            log.info("privacy.fix=true: %s.", change)
     # A resumed run has its model in a checkpoint; the file it began from may be gone.
     path = None if config["resume"] else config["initial_model"]
     start = initial_model(components, path)

@@ -14,7 +14,7 @@ from fl_app.config import to_json
 from fl_app.federation import initial_model
 from fl_app.params import num_bytes
 from fl_app.privacy.accounting import accountant_named
-from fl_app.private_preflight import client_sizes, planned_rounds
+from fl_app.private_preflight import FixedTask, client_sizes, planned_rounds
 from fl_app.types import PrivacyUnit
 
 _SAMPLED_CLIENTS = 100
@@ -55,6 +55,11 @@ def describe_plan(config: Mapping[str, Any]) -> dict[str, Any]:
         "cohort_size": cohort,
         "uplink_bytes_per_round": cohort * num_bytes(params),
         "privacy": str(components.privacy.unit),
+        **(
+            {"replaced_layers": "; ".join(components.task.changes()) or "none"}
+            if isinstance(components.task, FixedTask)
+            else {}
+        ),
         **_privacy_plan(components, rounds=config["rounds"]),
         "engine": type(engine).__name__,
         "seed": components.seed,

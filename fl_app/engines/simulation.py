@@ -195,7 +195,11 @@ def _with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("run_dir", "resume", "initial_model")
         if config[key]
     }
-    return {**config, **absolute, "output_url": os.path.abspath(local_path(config["output_url"]))}
+    privacy = dict(config["privacy"])
+    if privacy.get("ledger"):
+        privacy["ledger"] = os.path.abspath(privacy["ledger"])
+    output_url = os.path.abspath(local_path(config["output_url"]))
+    return {**config, **absolute, "privacy": privacy, "output_url": output_url}
 
 
 @dataclass(frozen=True, kw_only=True)

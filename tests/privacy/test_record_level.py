@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 from helpers import play, play_config, rounds_of, summary_of
 from torch import nn
 
 from fl_app import codec
 from fl_app.algorithm import ServerState
+from fl_app.arrays import encode_params
+from fl_app.client_app import app as client_app
 from fl_app.components import build, settled
 from fl_app.config import compose_config, resumed_config, to_json
 from fl_app.engines.local import LocalEngine, adopt_identity
@@ -30,7 +32,7 @@ from fl_app.private_preflight import planned_rounds
 from fl_app.selection import RoundRobin, Uniform, Without
 from fl_app.site import DeployedSite
 from fl_app.tasks.federated import ClientRange
-from fl_app.types import ConfigError
+from fl_app.types import ConfigError, FailureKind
 
 NOISE = ("privacy.noise_multiplier=1.0", "privacy.target_epsilon=null")
 PRIVATE = ("privacy=record", *NOISE, "client.batch_size=32")
@@ -220,7 +222,7 @@ def reply(*overrides: str, folder: Path) -> Message:
     params, _ = initial_model(build(to_json(config)), None)
     with LocalEngine().grid(clients, {"config-json": to_json(config)}) as grid:
         content = codec.instruction(
-            codec.encode_params(params),  # type: ignore[attr-defined]
+            encode_params(params),
             codec.instruction_config("run", {}, run_dir=str(folder)),
             round=1,
         )
@@ -242,6 +244,8 @@ def told(answer: Message) -> dict[str, Any]:
                 fields["epsilon"] = value
             elif name == "num-examples":
                 fields["num_examples"] = value
+            elif name == "train-clipped":
+                fields["clipped"] = value
             elif name.startswith("train-"):
                 fields["metrics"] = value
             elif name.startswith("test-"):
@@ -251,11 +255,27 @@ def told(answer: Message) -> dict[str, Any]:
     return fields
 
 
-def test_under_privacy_a_reply_holds_what_is_charged_or_public_and_nothing_else(tmp_path) -> None:
-    fields = told(reply(*PRIVATE, folder=tmp_path))
+KINDS = {
+    "record": PRIVATE,
+    "client": ("privacy=client", "strategy.aggregation.weighting=uniform"),
+    "adaptive": (
+        *("privacy=client", "strategy.aggregation.weighting=uniform"),
+        *("privacy.target_quantile=0.5", "privacy.bit_noise=2.0"),
+    ),
+    "local": ("privacy=local",),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_privacy_a_reply_holds_what_is_charged_or_public_and_nothing_else(
+    kind, tmp_path
+) -> None:
+    fields = told(reply(*KINDS[kind], folder=tmp_path))
     assert set(fields) <= set(CLASSES)
     assert fields.pop("num_examples") == 1  # a weight that says nothing
-    assert {CLASSES[name] for name in fields} == {Release.CHARGED, Release.PUBLIC}
+    assert {CLASSES[name] for name in fields} <= {Release.CHARGED, Release.PUBLIC}
+    assert ("clipped" in fields) is (kind == "adaptive")
+    assert ("epsilon" in fields) is (kind in ("record", "local"))
 
 
 def test_what_is_declared_public_is_told(tmp_path) -> None:
@@ -398,3 +418,104 @@ def test_a_deployed_client_refuses_what_only_its_owner_could_allow() -> None:
     with pytest.raises(PolicyError, match="a deployed client draws its noise in secret"):
         DeployedSite(privacy=for_tests, policy=None)
     assert DeployedSite(privacy=NoPrivacy(), policy=None).may_tell() == DECLARABLE
+
+
+# A site -------------------------------------------------------------------------------------------
+
+POLICY = """\
+version: 1
+data_set: ward-7
+epsilon: {epsilon}
+delta: 1.0e-5
+unit: record
+ledger: ledger.jsonl
+share_budget: true
+public: [num_examples]
+"""
+
+
+class Site:
+    """A deployed client: the real ClientApp, with its owner's policy."""
+
+    def __init__(self, folder: Path, *, epsilon: float | None, monkeypatch: Any) -> None:
+        monkeypatch.delenv("FL_APP_POLICY", raising=False)
+        self.ledger = folder / "ledger.jsonl"
+        self.node = {"partition-id": 0, "num-partitions": 6}
+        if epsilon is not None:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            path = folder / "policy.yaml"
+            path.write_text(POLICY.format(epsilon=epsilon))
+            path.chmod(0o600)
+            self.node["policy"] = str(path)
+
+    def asked(self, *overrides: str, round: int = 1) -> Message:
+        """Return the client's answer to a server that sends this configuration."""
+        config = settled(
+            compose_config(
+                ["task/model=logistic", "partition.num_clients=6", "client.epochs=1", *overrides]
+            )
+        )
+        adopt_identity()
+        params, _ = initial_model(build(to_json(config)), None)
+        content = codec.instruction(
+            encode_params(params),
+            codec.instruction_config("run", {}, run_dir=str(self.ledger.parent / "elsewhere")),
+            round=round,
+        )
+        [message] = codec.train_messages({1: content}, round=round, ttl=600.0)
+        context = Context(
+            run_id=1,
+            node_id=1,
+            node_config=dict(self.node),
+            state=RecordDict(),
+            run_config={"config-json": to_json(config)},
+        )
+        return client_app(message, context)
+
+
+def refused(answer: Message) -> str:
+    kind, reason = codec.failure_of(answer)  # type: ignore[misc]
+    assert kind is FailureKind.REFUSED
+    return reason
+
+
+def test_a_site_pays_from_its_own_ledger_and_tells_what_its_owner_declares(
+    tmp_path, monkeypatch
+) -> None:
+    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
+    asks_for_more = "privacy.public=[num_examples,evaluation,metrics,label_counts]"
+    fields = told(site.asked(*PRIVATE, asks_for_more))
+    assert fields["num_examples"] > 1
+    assert "evaluation" not in fields
+    assert "metrics" not in fields
+    assert len(site.ledger.read_text().splitlines()) == 2
+    assert not (tmp_path / "site" / "elsewhere").exists()
+
+
+def test_no_configuration_raises_a_sites_budget(tmp_path, monkeypatch) -> None:
+    site = Site(tmp_path / "site", epsilon=0.5, monkeypatch=monkeypatch)
+    for more in ([], ["privacy.epsilon_budget=1000"], ["privacy.delta=1e-3"]):
+        assert "BudgetExhaustedError" in refused(site.asked(*PRIVATE, *more))
+    assert not site.ledger.exists() or len(site.ledger.read_text().splitlines()) <= 1
+
+
+def test_a_server_can_ask_a_site_for_less_than_its_owner_allows(tmp_path, monkeypatch) -> None:
+    site = Site(tmp_path / "site", epsilon=1000, monkeypatch=monkeypatch)
+    assert "Budget" in refused(site.asked(*PRIVATE, "privacy.epsilon_budget=0.5"))
+
+
+def test_a_site_declines_what_is_not_private_as_its_owner_demands(tmp_path, monkeypatch) -> None:
+    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
+    assert "PolicyError" in refused(site.asked("privacy=none"))
+    assert "PolicyError" in refused(site.asked(*PRIVATE, FOR_TESTS))
+    assert "PolicyError" in refused(site.asked("privacy=local"))
+    without = Site(tmp_path / "none", epsilon=None, monkeypatch=monkeypatch)
+    assert "needs a policy" in refused(without.asked(*PRIVATE))
+    assert not without.asked("privacy=none").has_error()
+
+
+def test_a_policy_that_others_can_write_stops_the_site(tmp_path, monkeypatch) -> None:
+    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
+    Path(site.node["policy"]).chmod(0o666)
+    assert "PolicyError" in refused(site.asked(*PRIVATE))
+    assert not site.ledger.exists()
