@@ -220,7 +220,7 @@ class ClientRuntime:
             num_examples, batch_size=self._training.batch_size, epochs=self._training.epochs
         )
         return Request(
-            client=client,
+            client=self._site.account(client),
             run=instruction.run,
             round=instruction.round,
             unit=self._privacy.unit,

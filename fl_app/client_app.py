@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from flwr.app import Context, Message, UserConfig
 from flwr.clientapp import ClientApp
@@ -19,9 +20,9 @@ from fl_app.client import ClientRuntime
 from fl_app.client_state import ClientStateStore, DiskClientState, MemoryClientState
 from fl_app.components import adopt_threads, build
 from fl_app.config import from_run_config, to_json
-from fl_app.privacy.base import Admission
+from fl_app.privacy.base import Admission, BudgetExhaustedError, PolicyError
 from fl_app.run_config import local_path
-from fl_app.site import site_of
+from fl_app.site import POLICY, site_of
 from fl_app.types import Budget, ClientId, ConfigError, FlAppError
 
 log = logging.getLogger(__name__)
@@ -50,12 +51,22 @@ def _discreet(handler: _Handler) -> _Handler:
                 raise
             if isinstance(error, FlAppError) and not _quotes_others(error):
                 log.warning("This client fails: %s", error)
-                return codec.error_reply(message, error)
+                told = isinstance(error, BudgetExhaustedError) or _is_simulated(context)
+                return codec.error_reply(message, error if told else _discreetly(error))
             log.exception("This client failed; the server is told the kind of error alone.")
-            told = ClientFailedError(f"{type(error).__name__}; see the client's own log")
-            return codec.error_reply(message, told)
+            failed = ClientFailedError(f"{type(error).__name__}; see the client's own log")
+            return codec.error_reply(message, failed)
 
     return handle
+
+
+def _discreetly(error: FlAppError) -> FlAppError:
+    """Return an error of a real client without its words: they may name its size or its files.
+
+    How a budget stands is told, if at all, in the words that its owner's policy allows.
+    """
+    kind = PolicyError if isinstance(error, PolicyError) else ClientFailedError
+    return kind(f"{type(error).__name__}; this client's own log says why")
 
 
 def _quotes_others(error: FlAppError) -> bool:
@@ -157,15 +168,21 @@ def _runtime(context: Context) -> ClientRuntime:
         str(context.run_config.get("overrides") or ""),
         connected=partitions if isinstance(partitions, int) and not in_process else None,
         in_process=in_process,
-        simulated=in_process or _is_ray_actor(),
+        simulated=_is_simulated(context),
         policy=None if policy is None else str(policy),
     )
 
 
-def _is_ray_actor() -> bool:
-    """Return whether this process is one of Flower's simulation."""
+def _is_simulated(context: Context) -> bool:
+    """Return whether a client has no owner but whoever runs the simulation.
+
+    In Flower's simulation that is a guess, from Ray being there, which a policy overrules.
+    """
+    if _is_in_process(context):
+        return True
     ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+    has_policy = "policy" in context.node_config or POLICY in os.environ
+    return ray is not None and bool(ray.is_initialized()) and not has_policy
 
 
 def _is_in_process(context: Context) -> bool:
@@ -191,6 +208,13 @@ def local_states(run_config: UserConfig) -> MemoryClientState:
     if not isinstance(states, MemoryClientState):
         raise TypeError(f"Clients of this process remember in a {type(states).__name__}.")
     return states
+
+
+def _dealt(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration decides which records a client has; the model does not."""
+    others = ("model", "loss", "extra_metrics")
+    task = {key: value for key, value in config["task"].items() if key not in others}
+    return {"task": task, "partition": config["partition"], "seed": config["seed"]}
 
 
 @lru_cache(maxsize=2)
@@ -232,7 +256,7 @@ def _runtime_for(
         site=site_of(
             components.privacy,
             task=components.task.name,
-            dealt=to_json({key: config[key] for key in ("task", "partition", "seed")}),
+            dealt=to_json(_dealt(config)),
             policy=policy,
             simulated=simulated,
         ),

@@ -33,8 +33,8 @@ from fl_app.preflight import (
 from fl_app.privacy.base import Privacy
 from fl_app.privacy.client_level import ClientLevel, ClientLevelPlan
 from fl_app.private_algorithm import check_client_level, plan_client_level
-from fl_app.private_preflight import FixedTask, check_privacy, planned_rounds
-from fl_app.selection import Selector
+from fl_app.private_preflight import FixedTask, check_ghost, check_privacy
+from fl_app.selection import Selector, planned_rounds
 from fl_app.stopping import Progress, Stopping
 from fl_app.tasks.base import Task
 from fl_app.training import LocalTraining, evaluate
@@ -120,6 +120,9 @@ def build(config_json: str) -> Components:
         check_aggregation(components.algorithm.aggregation, params, wanted)
     components = _with_plan(components, rounds=config["rounds"])
     check_privacy(components.privacy, model, data, components.training)
+    if getattr(components.privacy, "gradients", None) == "ghost":
+        probe = data.held_out or data.examples_of(data.clients[0]).train
+        check_ghost(task.build_model(), task.losses, probe)
     if isinstance(components.privacy, ClientLevel):
         return _with_release(components, model, rounds=config["rounds"])
     return components

@@ -221,7 +221,7 @@ def _algorithm(components: Components, run_dir: Path) -> Algorithm:
     return ClientLevelAlgorithm(
         inner=cast(Composition, components.algorithm),
         plan=components.release,
-        payments=LedgerPayments(run_dir),
+        payments=LedgerPayments(run_dir, run=_run_name(run_dir)),
         seed=components.seed,
     )
 
@@ -286,7 +286,7 @@ def _conclude(
         for client, evaluation in evaluations.items()
         if "accuracy" in evaluation.metrics
     }
-    spent = [budget.epsilon_spent for budget in run.strategy.state.budgets.values()]
+    budgets = run.strategy.state.budgets.values()
     totals = (
         totals_of(iter_reports(run.rounds_file.path)) if run.rounds_file.path.exists() else None
     )
@@ -310,7 +310,7 @@ def _conclude(
         privacy=(
             algorithm.spent(len(clients))
             if isinstance(algorithm := run.strategy.algorithm, ClientLevelAlgorithm)
-            else privacy_of(components.privacy, spent)
+            else privacy_of(components.privacy, budgets)
         ),
         stopped_by=reason,
         resumed_from_round=resumed_from,

@@ -14,7 +14,8 @@ from fl_app.config import to_json
 from fl_app.federation import initial_model
 from fl_app.params import num_bytes
 from fl_app.privacy.accounting import accountant_named
-from fl_app.private_preflight import FixedTask, client_sizes, planned_rounds
+from fl_app.private_preflight import FixedTask, client_sizes
+from fl_app.selection import planned_rounds
 from fl_app.types import PrivacyUnit
 
 _SAMPLED_CLIENTS = 100
@@ -84,7 +85,7 @@ def _privacy_plan(components: Components, *, rounds: int) -> dict[str, Any]:
     if privacy.unit is PrivacyUnit.NONE:
         return {}
     accountant, sizes = accountant_named(privacy.accountant), client_sizes(components.data)
-    planned = planned_rounds(
+    planned = getattr(privacy, "planned_rounds", None) or planned_rounds(
         components.selector, components.data.clients, rounds=rounds, seed=components.seed
     )
     training, plan = components.training, {}

@@ -20,7 +20,7 @@ from fl_app.privacy.base import BudgetExhaustedError
 from fl_app.privacy.client_level import CLIPPED, ClientLevel, ClientLevelPlan
 from fl_app.privacy.randomness import randomness_from
 from fl_app.privacy.spending import Payment, Payments, Spending
-from fl_app.selection import Selector, expected_cohort, most_participations, secret_sample_rate
+from fl_app.selection import Selector, expected_cohort, planned_rounds, secret_sample_rate
 from fl_app.server_optimizer import apply_change
 from fl_app.tracking.summary import Privacy
 from fl_app.types import ClientId, ClientUpdate, ConfigError, Params
@@ -209,6 +209,12 @@ def check_client_level(
             "round that closes early lets one client's reply keep another's out, so both would "
             "move the sum. Set it to 0, and ask more clients with selection.fraction."
         )
+    if selector.round_timeout_s is not None:
+        raise ConfigError(
+            f"selection.round_timeout_s={selector.round_timeout_s} cannot be used with "
+            "privacy=client: one client's slowness could keep another's update out of the sum. "
+            "Set it to null."
+        )
     if selector.min_replies > 1:
         raise ConfigError(
             f"selection.min_replies={selector.min_replies} cannot be used with privacy=client: to "
@@ -236,10 +242,8 @@ def plan_client_level(
             f"{len(clients)} clients at random would pass for private. Lower it."
         )
     rate = secret_sample_rate(selector)
-    participations = privacy.planned_rounds or (
-        rounds
-        if rate is not None
-        else most_participations(selector, clients, rounds=rounds, seed=seed)
+    participations = privacy.planned_rounds or planned_rounds(
+        selector, clients, rounds=rounds, seed=seed
     )
     return privacy.plan(
         sample_rate=rate,

@@ -6,23 +6,24 @@ Every message names the key, the value, the rule and the way out. Nothing here i
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fl_app.privacy.accounting import UnaccountableError, accountant_named
 from fl_app.privacy.base import Privacy
-from fl_app.selection import Selector, most_participations, secret_sample_rate
+from fl_app.privacy.randomness import secret_randomness
 from fl_app.tasks.base import Task
 from fl_app.training import LocalTraining
-from fl_app.types import ClientId, ConfigError, FederatedData, PrivacyUnit
+from fl_app.types import ConfigError, Examples, FederatedData, PrivacyUnit
 
 log = logging.getLogger(__name__)
 
 _CHECKED_CLIENTS = 1000
-_MOST_DRAWS = 200_000  # of a schedule of cohorts, to learn whom it asks most often
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,33 @@ def check_privacy(
             "client/attack=none or privacy=none."
         )
     if privacy.unit is PrivacyUnit.RECORD:
+        _check_buffers(model)
         _check_layers(model)
         _check_ties(model)
     _check_sizes(privacy, data, training)
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """Refuse what is computed from the records without noise, and layers that mix records.
+
+    Opacus looks at layers with parameters alone; a BatchNorm without any passes its check.
+    """
+    for name, layer in model.named_modules():
+        mixes = isinstance(layer, _BatchNorm)
+        if mixes or (isinstance(layer, _InstanceNorm) and layer.track_running_stats):
+            raise ConfigError(
+                f"task.model={type(model).__name__} has layers that mix records or keep figures "
+                f"of them ({name}: {type(layer).__name__}): choose others, such as GroupNorm "
+                "instead of BatchNorm, or set privacy.fix=true to have them replaced."
+            )
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and id(tensor) not in parameters:
+            raise ConfigError(
+                f"task.model={type(model).__name__} has the buffer {name}, which would leave the "
+                "client as it is, without noise: make it a parameter, or no part of the "
+                "state_dict (register_buffer(..., persistent=False))."
+            )
 
 
 def _check_layers(model: nn.Module) -> None:
@@ -113,6 +138,46 @@ def _check_layers(model: nn.Module) -> None:
         f"of a single record ({shown}): choose others, such as GroupNorm instead of BatchNorm, or "
         "set privacy.fix=true to have them replaced."
     )
+
+
+def check_ghost(
+    model: nn.Module, losses: Callable[[Tensor, Tensor], Tensor], probe: Examples
+) -> None:
+    """Refuse ghost clipping of a model that uses a weight past its layer, as ``F.linear`` can.
+
+    Ghost clipping takes norms from layers' own calls; what goes past them would not be bounded.
+
+    Raises:
+        ConfigError: The gradient of some single record is longer than its bound after clipping.
+    """
+    from fl_app.privacy.dp_sgd import DpSgd, GradientMode
+    from fl_app.privacy.private_steps import private_steps
+
+    bound = 1e-3
+    mechanism = DpSgd(
+        noise_multiplier=0.0,
+        max_grad_norm=bound,
+        expected_batch_size=1,
+        gradients=GradientMode.GHOST,
+    )
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    norms: list[float] = []
+
+    def measure() -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))))
+
+    randomness = secret_randomness()
+    with private_steps(model, optimizer, losses, mechanism, randomness) as stepper:
+        for k in range(min(4, len(probe))):
+            stepper.step(probe.inputs[k : k + 1], probe.targets[k : k + 1], then=measure)
+    if max(norms) > bound * 1.01:
+        raise ConfigError(
+            f"privacy.gradients=ghost cannot bound the gradients of task.model="
+            f"{type(model).__name__}, which uses weights past their layers: choose "
+            "privacy.gradients=hooks."
+        )
 
 
 def _check_ties(model: nn.Module) -> None:
@@ -147,23 +212,3 @@ def _check_sizes(privacy: Privacy, data: FederatedData, training: LocalTraining)
 def client_sizes(data: FederatedData) -> list[int]:
     """Return how many records clients train on: all, or the first 1,000 of a larger population."""
     return [len(data.examples_of(client).train) for client in data.clients[:_CHECKED_CLIENTS]]
-
-
-def planned_rounds(
-    selector: Selector, clients: Sequence[ClientId], *, rounds: int, seed: int
-) -> int:
-    """Return in how many rounds the client that is asked most often takes part.
-
-    Exact, from the schedule of cohorts that the seed gives; for schedules too long to draw, an
-    upper bound that holds for all clients but with probability 10^-6 (Chernoff and union bounds).
-    All rounds where coins decide: who is asked is nobody's to know.
-    """
-    if secret_sample_rate(selector) is not None:
-        return rounds
-    wanted = selector.wanted(len(clients))
-    if rounds * wanted <= _MOST_DRAWS:
-        return max(1, most_participations(selector, clients, rounds=rounds, seed=seed))
-    mean = rounds * wanted / len(clients)
-    slack = math.log(len(clients) * 1e6)
-    above = slack / 3 + math.sqrt(slack * slack / 9 + 2 * slack * mean)
-    return min(rounds, math.ceil(mean + above))

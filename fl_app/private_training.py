@@ -25,6 +25,7 @@ from fl_app.training import (
     Randomness,
     TrainedModel,
     layers_seeded,
+    others_restored,
 )
 from fl_app.types import ClientExamples, Params
 
@@ -77,6 +78,7 @@ def train_privately(
         optimizer.load_state_dict(dict(optimizer_state))
     with (
         layers_seeded(randomness.layers()),
+        others_restored(model, received),
         private_steps(model, optimizer, task.losses, plan.mechanism, secret) as stepper,
     ):
         for positions in plan.sampling.batches(len(examples.train), secret):

@@ -20,6 +20,8 @@ from typing import Protocol, overload
 from fl_app.privacy.randomness import Source, check_source, randomness_from
 from fl_app.types import ClientId, ConfigError, Role, client_order, stream_seed
 
+_MOST_DRAWS = 200_000  # of a schedule of cohorts, to learn whom it asks most often
+
 
 class Without(Sequence[ClientId]):
     """A sequence of clients without some of them; lazy, so of any length.
@@ -265,3 +267,25 @@ def _check_fraction_and_patience(selector: CohortSelector | Poisson) -> None:
             f"selection.round_timeout_s={selector.round_timeout_s} must be > 0, or null to wait "
             "for as long as it takes."
         )
+
+
+def planned_rounds(
+    selector: Selector, clients: Sequence[ClientId], *, rounds: int, seed: int
+) -> int:
+    """Return in how many rounds the client that is asked most often takes part.
+
+    Exact, from the schedule of cohorts that the seed gives. For uniform ones too long to draw, an
+    upper bound that holds for all clients but with probability 10^-6 (Chernoff and union bounds).
+    All rounds for other long ones, and where coins decide: who is asked is nobody's to know.
+    """
+    if secret_sample_rate(selector) is not None:
+        return rounds
+    wanted = selector.wanted(len(clients))
+    if rounds * wanted <= _MOST_DRAWS:
+        return max(1, most_participations(selector, clients, rounds=rounds, seed=seed))
+    if not isinstance(selector, Uniform):
+        return rounds
+    mean = rounds * wanted / len(clients)
+    slack = math.log(len(clients) * 1e6)
+    above = slack / 3 + math.sqrt(slack * slack / 9 + 2 * slack * mean)
+    return min(rounds, math.ceil(mean + above))

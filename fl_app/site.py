@@ -20,7 +20,7 @@ from fl_app.privacy.guard import LedgerGuard, OpenGuard, guard_of
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.policy import Policy, Terms, read_policy
 from fl_app.privacy.randomness import Source
-from fl_app.types import ConfigError, Examples, PrivacyUnit
+from fl_app.types import ClientId, ConfigError, Examples, PrivacyUnit
 
 POLICY = "FL_APP_POLICY"
 """Environment variable that names a site's policy, unless its node config does."""
@@ -42,6 +42,10 @@ class Site(Protocol):
 
     def tells_budget(self) -> bool:
         """Return whether the server may see how budgets stand."""
+        ...
+
+    def account(self, client: ClientId) -> ClientId:
+        """Return the name by which a client's records are accounted for."""
         ...
 
     def check_records(self, train: Examples) -> None:
@@ -73,7 +77,10 @@ class SimulatedSite:
         path = self.privacy.ledger or (f"{run_dir}/{LEDGER}" if run_dir else LEDGER)
         if path not in self._guards:
             terms = Terms(
-                data_set=self.data_set, delta=self.privacy.delta, epsilon=self.privacy.limit
+                data_set=self.data_set,
+                delta=self.privacy.delta,
+                epsilon=self.privacy.limit,
+                trust_server=True,
             )
             self._guards[path] = LedgerGuard(
                 ledger=Ledger(Path(path)),
@@ -89,6 +96,10 @@ class SimulatedSite:
     def tells_budget(self) -> bool:
         """Return True: whoever runs the server runs the clients."""
         return True
+
+    def account(self, client: ClientId) -> ClientId:
+        """Return the client's own name."""
+        return client
 
     def check_records(self, train: Examples) -> None:
         """Accept any: they were made for the run."""
@@ -145,6 +156,10 @@ class DeployedSite:
         """Return what the policy says."""
         return self.policy is not None and self.policy.share_budget
 
+    def account(self, client: ClientId) -> ClientId:
+        """Return one name for whatever a server calls this client: the policy's data set counts."""
+        return "site"
+
     def check_records(self, train: Examples) -> None:
         """Compare them with what the policy says of them. Raises `PolicyError`."""
         if self.policy is None:
@@ -175,7 +190,9 @@ def site_of(
         return SimulatedSite(
             privacy=privacy, data_set=f"{task}-{sha256(dealt.encode()).hexdigest()[:8]}"
         )
-    path = policy or os.environ.get(POLICY)
+    path = os.environ.get(POLICY) if policy is None else policy
+    if path == "":
+        raise PolicyError(f"{POLICY} is set and empty: name the policy's file, or unset it.")
     try:
         found = read_policy(Path(path), task=task) if path else None
     except ConfigError as error:

@@ -103,6 +103,6 @@ def describe_stop(reason: StopReason, round: int) -> str:
         StopReason.TARGET: "the target metric was reached",
         StopReason.PLATEAU: "the metric no longer improves",
         StopReason.TIME: "the time is up",
-        StopReason.BUDGET: "too few clients have privacy budget left for another",
+        StopReason.BUDGET: "the privacy budget allows no further one",
     }
     return f"Stopped after round {round}: {words[reason]}."

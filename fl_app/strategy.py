@@ -277,14 +277,18 @@ class FederatedStrategy(Strategy):
             )
         self._wanted = self._expected = self._selector.wanted(len(clients))
         cohort = self._selector.select(clients, round=round, seed=self._seed)
-        if self._hides or secret_sample_rate(self._selector) is not None:
-            # A sample with its last ones cut off is none, and who is cut off depends on others.
+        # A sample with its last ones cut off is none, and who is cut off depends on others.
+        whole = self._hides or secret_sample_rate(self._selector) is not None
+        if whole:
             self._wanted = len(cohort)
         if self.state.spent.isdisjoint(cohort):
             return cohort
         willing = Without(clients, self.state.spent)
         self._wanted = self._wanted_of(len(willing), round)
-        return self._selector.select(willing, round=round, seed=self._seed)
+        cohort = self._selector.select(willing, round=round, seed=self._seed)
+        if whole:
+            self._wanted = len(cohort)
+        return cohort
 
     def _wanted_of(self, count: int, round: int) -> int:
         """Return how many updates a round of that many willing clients aggregates at most.

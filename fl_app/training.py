@@ -163,7 +163,7 @@ def train_locally(
     generator = randomness.batches()
     best = _BestEpoch(training.early_stopping_patience)
     loss_sum, epoch = torch.zeros(()), 0
-    with layers_seeded(randomness.layers()), _others_restored(model, received):
+    with layers_seeded(randomness.layers()), others_restored(model, received):
         for epoch in range(1, training.epochs + 1):
             loss_sum = torch.zeros(())
             for batch in _batches(examples.train, training.batch_size, generator):
@@ -196,7 +196,7 @@ def layers_seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _others_restored(model: nn.Module, params: Params) -> Iterator[None]:
+def others_restored(model: nn.Module, params: Params) -> Iterator[None]:
     """Leave buffers that are no parameters (batch counters) as they were, for the next client."""
     others = [buffer for name, buffer in model.named_buffers() if name not in params]
     before = [buffer.clone() for buffer in others]

@@ -110,12 +110,15 @@ def test_a_node_learns_the_population_from_its_number_of_partitions() -> None:
     assert sizes[0] == pytest.approx(2 * sizes[1], abs=3)
 
 
-def test_a_node_without_a_part_answers_with_an_error_reply_and_its_reason() -> None:
+def test_a_node_without_a_part_answers_with_an_error_reply_and_logs_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     overrides = f"{QUICK} partition.num_clients=2"
     reply = ask({"partition-id": 2, "num-partitions": 3}, overrides=overrides)
     failure = failure_of(reply)
     assert failure is not None
-    assert failure[1].startswith("ConfigError: partition-id=2 of this node must lie in [0, 2)")
+    assert failure[1] == "ClientFailedError: ConfigError; this client's own log says why"
+    assert "partition-id=2 of this node must lie in [0, 2)" in caplog.text
 
 
 def test_the_text_of_a_foreign_error_stays_on_the_client(

@@ -1,1 +1,1 @@
-"""What a run promises about privacy: nothing yet beyond the locality of records."""
+"""Differential privacy: mechanisms, their randomness and cost, the ledger, and who guards it."""

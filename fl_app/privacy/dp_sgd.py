@@ -6,6 +6,7 @@ A step sums the clipped gradients of a Poisson batch, adds noise to the sum, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -52,8 +53,8 @@ class DpSgd:
                 f"privacy.gradients={self.gradients} is not known: choose one of "
                 f"{', '.join(GradientMode)}."
             )
-        if not self.max_grad_norm > 0:
-            raise ConfigError(f"privacy.max_grad_norm={self.max_grad_norm} must be > 0.")
+        if not 0 < self.max_grad_norm < math.inf:
+            raise ConfigError(f"privacy.max_grad_norm={self.max_grad_norm} must be > 0 and finite.")
         if self.max_physical_batch is not None and self.max_physical_batch < 1:
             raise ConfigError(
                 f"privacy.max_physical_batch={self.max_physical_batch} must be >= 1, or null."

@@ -137,6 +137,14 @@ class LedgerGuard:
     def _objection(self, request: Request) -> PolicyError | None:
         """Return what the terms say against a request, whatever the budget."""
         terms, who = self.terms, f"client {request.client}"
+        by_server = request.event is None and request.unit is PrivacyUnit.CLIENT
+        if by_server and terms.unit in (None, PrivacyUnit.CLIENT) and terms.trust_server:
+            return self._foreign_task(request)
+        if by_server and terms.unit is PrivacyUnit.CLIENT:
+            return PolicyError(
+                f"{who} does not leave its noise to the server, as privacy=client does: choose "
+                "privacy=local, or ask its owner to set trust_server in its policy."
+            )
         if request.event is None or request.unit is PrivacyUnit.NONE:
             if terms.unit is None and request.event is None:
                 return None
@@ -149,11 +157,8 @@ class LedgerGuard:
                 f"{request.unit}: an epsilon of one is not an epsilon of the other. Choose "
                 f"privacy={terms.unit}, or ask its owner for another policy."
             )
-        if terms.tasks and request.task not in terms.tasks:
-            return PolicyError(
-                f"{who} does not train task={request.task}: its owner allows "
-                f"{', '.join(terms.tasks)}."
-            )
+        if foreign := self._foreign_task(request):
+            return foreign
         if request.event.noise_multiplier < terms.least_noise_multiplier:
             return PolicyError(
                 f"{who} wants a noise multiplier of at least {terms.least_noise_multiplier:g}, not "
@@ -166,6 +171,15 @@ class LedgerGuard:
                 "of its records, so that a whole record could leak: lower delta in its policy."
             )
         return None
+
+    def _foreign_task(self, request: Request) -> PolicyError | None:
+        allowed = self.terms.tasks
+        if not allowed or request.task in allowed:
+            return None
+        return PolicyError(
+            f"client {request.client} does not train task={request.task}: its owner allows "
+            f"{', '.join(allowed)}."
+        )
 
     def _weigh(self, request: Request, tally: Tally) -> int | None | PolicyError:
         """Return how many such rounds may follow a tally, None without a limit, or an objection.

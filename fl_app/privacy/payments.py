@@ -21,10 +21,11 @@ class LedgerPayments:
 
     Args:
         run_dir: The run's folder.
+        run: The run's name, the same after a resume.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run = run_dir.name
+    def __init__(self, run_dir: Path, *, run: str) -> None:
+        self._run = run
         self._ledger = Ledger(run_dir / "ledger.jsonl")
 
     def pay(self, payment: Payment) -> None:

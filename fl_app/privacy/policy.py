@@ -13,6 +13,7 @@ accountant: rdp             # or pld or prv, for one fixed mechanism
 tasks: [ecg]                # tasks that may use the records; empty or left out: any
 least_noise_multiplier: 0.0 # noise below which nothing is trained, whatever the budget
 share_budget: false         # whether the server may see how the budget stands
+trust_server: false         # whether privacy=client will do, where the server adds the noise
 public: []                  # of a reply: num_examples, label_counts, metrics, evaluation
 records: 4000               # how many training records there are, or their fingerprint
 clock_tolerance_s: 300      # how far the clock may have gone back since the last charge
@@ -55,6 +56,8 @@ class Terms:
         unit: Whose presence must be hidden; None allows any, and training without privacy.
         tasks: Tasks that may use the records; empty for any.
         least_noise_multiplier: Events with less noise are declined.
+        trust_server: Whether ``privacy=client`` will do, where the server is the one to add the
+            noise and to keep the account.
         share_budget: Whether refusals, which the server reads, say how the budget stands.
     """
 
@@ -65,6 +68,7 @@ class Terms:
     tasks: tuple[str, ...] = ()
     least_noise_multiplier: float = 0.0
     share_budget: bool = True
+    trust_server: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:
@@ -96,6 +100,7 @@ class Policy:
     tasks: tuple[str, ...] = ()
     least_noise_multiplier: float = 0.0
     share_budget: bool = False
+    trust_server: bool = False
     public: frozenset[PublicField] = field(default_factory=frozenset)
     records: int | str | None = None
     clock_tolerance_s: float = CLOCK_TOLERANCE_S
@@ -131,6 +136,7 @@ class Policy:
             tasks=self.tasks,
             least_noise_multiplier=self.least_noise_multiplier,
             share_budget=self.share_budget,
+            trust_server=self.trust_server,
         )
 
     def open_ledger(self) -> Ledger:
@@ -259,7 +265,7 @@ def _value(name: str, value: Any, folder: Path) -> Any:
             if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
                 return value
             raise ConfigError(f"{name}={value} must be a whole number or a fingerprint.")
-        case "share_budget":
+        case "share_budget" | "trust_server":
             if isinstance(value, bool):
                 return value
             raise ConfigError(f"{name}={value} must be true or false.")

@@ -71,22 +71,38 @@ class PrivateStepper:
             optimizer.signal_skip_step(do_skip=number < len(parts))
             optimizer.zero_grad(set_to_none=True)
             if len(part_targets):
-                self._backward(self._losses(self._model(part_inputs), part_targets))
+                self._backward(part_inputs, part_targets)
             self._fill_gaps(len(part_targets))
             if optimizer.pre_step():
                 then()
                 optimizer.original_optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, losses: Tensor) -> None:
+    def _backward(self, inputs: Tensor, targets: Tensor) -> None:
+        """Have each record's gradient, one that is not finite as zero.
+
+        It cannot be clipped, and would make the whole sum NaN: that the record is there would show.
+        """
+        losses = self._losses(self._model(inputs), targets)
         if self._mechanism.gradients == GradientMode.GHOST:
             for parameter in self._optimizer.params:  # of those that the loss does not reach
                 parameter._norm_sample = losses.new_zeros(len(losses))
             DPTensorFastGradientClipping(
                 self._hooks, self._optimizer, losses, loss_reduction="sum"
             ).backward()
+            finite = self._hooks.per_sample_gradient_norms.isfinite()
+            if not bool(finite.all()):
+                self._optimizer.original_optimizer.zero_grad(set_to_none=True)
+                if bool(finite.any()):
+                    self._backward(inputs[finite], targets[finite])
         else:
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            gradients = [p.grad_sample for p in self._optimizer.params if p.grad_sample is not None]
+            sums = torch.stack([g.flatten(1).sum(dim=1) for g in gradients])  # (parameters, b)
+            finite = sums.isfinite().all(dim=0)
+            if not bool(finite.all()):
+                for gradient in gradients:
+                    gradient[~finite] = 0.0
 
     def _fill_gaps(self, count: int) -> None:
         """Give parameters that the loss did not reach gradients of zero: they get noise too."""
@@ -109,7 +125,7 @@ def private_steps(
     """Make a model's steps private for the block; after it the model is as it was but for values.
 
     Args:
-        model: In training mode; must pass `fl_app.privacy.preflight`.
+        model: In training mode; must pass `fl_app.private_preflight`.
         optimizer: The local optimizer over its trainable parameters.
         losses: (outputs, targets) -> loss of each record, shape ``(b,)``.
         mechanism: Bounds and noise.

@@ -42,6 +42,7 @@ CLASSES = {
     "client": Release.PUBLIC,  # the site's name
     "round": Release.PUBLIC,
     "epsilon": Release.PUBLIC,  # a function of sample rate, noise and rounds: not of the records
+    "error": Release.PUBLIC,  # its kind: see PRIVACY.md, "what is assumed"
     "duration": Release.PUBLIC,  # see PRIVACY.md: it tells the sizes of batches, and so about n
     **dict.fromkeys(map(str, PublicField), Release.DECLARED),
 }

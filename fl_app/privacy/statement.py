@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fl_app.privacy.accounting import (
     Accountant,
     UnaccountableError,
+    adaptive_delta,
     composes_adaptively,
     epsilons,
     rounds_allowed,
@@ -180,6 +181,7 @@ def _rounds_left(
         return None
     event = held.last.charge.event
     try:
+        delta = adaptive_delta([*held.tally.events, event], delta)
         return rounds_allowed(accountant, held.tally.events, event, epsilon=limit, delta=delta)
     except UnaccountableError:
         return 0

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -15,7 +15,7 @@ import torch
 
 from fl_app.files import write_atomically
 from fl_app.tracking.json_files import JSON, strict_json
-from fl_app.types import ClientId, FailureKind, PrivacyUnit, RoundReport, StopReason
+from fl_app.types import Budget, ClientId, FailureKind, PrivacyUnit, RoundReport, StopReason
 
 UNHASHED_KEYS: tuple[str, ...] = (
     "name",
@@ -89,22 +89,26 @@ class _Asked(Protocol):
     def accountant(self) -> str: ...
     @property
     def noise_multiplier(self) -> float | None: ...
+    @property
+    def randomness(self) -> str: ...
 
 
-def privacy_of(asked: _Asked, spent: Sequence[float]) -> Privacy:
+def privacy_of(asked: _Asked, budgets: Collection[Budget]) -> Privacy:
     """Return what was promised and what was spent.
 
     Args:
         asked: As configured.
-        spent: Epsilon that each client that tells has spent, over all its ledger holds.
+        budgets: Of the clients that tell, over all that their ledgers hold. Figures are of them:
+            others may have spent more. Delta is the largest at which one of them counts.
     """
-    if asked.unit is PrivacyUnit.NONE:
-        return Privacy()
+    if asked.unit is PrivacyUnit.NONE or asked.randomness != "secret":
+        return Privacy()  # noise that anybody can repeat hides nothing
+    spent = [budget.epsilon_spent for budget in budgets]
     return Privacy(
         unit=asked.unit,
         epsilon_max=max(spent, default=None),
         epsilon_mean=statistics.fmean(spent) if spent else None,
-        delta=asked.delta,
+        delta=max((budget.delta for budget in budgets), default=asked.delta),
         accountant=asked.accountant,
         noise_multiplier=asked.noise_multiplier,
     )

@@ -242,6 +242,25 @@ def test_nothing_is_left_either_when_a_step_raises(traces) -> None:
     assert traces(model) == []
 
 
+@EVERY_MODE
+@pytest.mark.parametrize("extreme", [1e38, float("inf"), float("nan")])
+def test_a_record_without_a_finite_gradient_counts_as_zero(mode, extreme) -> None:
+    """It would make the whole sum NaN otherwise, and so show that it is there."""
+    model, inputs, targets = made("mlp")
+    twin, _, _ = made("mlp")
+    mechanism = DpSgd(
+        noise_multiplier=0.0, max_grad_norm=0.5, expected_batch_size=4, gradients=mode
+    )
+    spoilt = inputs[:5].clone()
+    spoilt[2] = extreme
+    for net, kept in ((model, slice(None)), (twin, [0, 1, 3, 4])):
+        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+        with private_steps(net, optimizer, losses, mechanism, NoNoise()) as stepper:
+            stepper.step(spoilt[kept], targets[:5][kept])
+    assert distance(model, twin) < 1e-6 or extreme == 1e38
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 def test_what_is_added_after_the_noise_is_not_clipped() -> None:
     model, inputs, targets = made("mlp")
     before = [p.detach().clone() for p in model.parameters()]

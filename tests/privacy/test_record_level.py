@@ -28,8 +28,8 @@ from fl_app.privacy.base import PolicyError
 from fl_app.privacy.none import NoPrivacy
 from fl_app.privacy.record_level import RecordLevel
 from fl_app.privacy.release import CLASSES, DECLARABLE, Release
-from fl_app.private_preflight import planned_rounds
-from fl_app.selection import RoundRobin, Uniform, Without
+from fl_app.private_preflight import FixedTask, check_ghost, check_privacy
+from fl_app.selection import RoundRobin, Uniform, Without, planned_rounds
 from fl_app.site import DeployedSite
 from fl_app.tasks.federated import ClientRange
 from fl_app.types import ConfigError, FailureKind
@@ -97,8 +97,9 @@ def test_a_resumed_run_has_spent_no_less_than_an_uninterrupted_one(tmp_path) -> 
     (cut / "checkpoints" / "round_000003.safetensors").unlink()
     play_config(resumed_config(str(cut), ["rounds=4"]))
     assert summary_of(cut)["model_hash"] == summary_of(straight)["model_hash"]
-    more, less = (summary_of(run)["privacy"]["epsilon_mean"] for run in (cut, straight))
+    more, less = (rounds_of(run)[-1]["epsilon"] for run in (cut, straight))
     assert more > less
+    assert summary_of(cut)["privacy"]["unit"] == "none"  # noise that repeats promises nothing
     assert len(entries(cut)) == len(entries(straight)) + len(rounds_of(cut)[2]["cohort"])
 
 
@@ -371,8 +372,6 @@ def test_what_would_void_the_guarantee_is_refused_before_the_run(overrides, word
 
 
 def test_layers_that_mix_records_and_tied_weights_are_refused_by_name(tmp_path) -> None:
-    from fl_app.private_preflight import check_privacy
-
     components = build(to_json(compose_config(["privacy=record"])))
     check = (components.data, components.training)
     with pytest.raises(ConfigError, match=r"task\.model=Normed has layers .*BatchNorm.*fix=true"):
@@ -382,9 +381,51 @@ def test_layers_that_mix_records_and_tied_weights_are_refused_by_name(tmp_path) 
     check_privacy(NoPrivacy(), Normed(), *check)
 
 
-def test_fix_replaces_such_layers_and_says_which() -> None:
-    from fl_app.private_preflight import FixedTask, check_privacy
+class Buffered(nn.Module):
+    def __init__(self, layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer = layer or nn.Identity()
+        self.last = nn.Linear(64, 10)
+        if layer is None:
+            self.register_buffer("seen", torch.zeros(64))
 
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layer(inputs.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Buffered(nn.BatchNorm1d(64, affine=False)), "layer: BatchNorm1d"),
+        (Buffered(), "has the buffer seen"),
+    ],
+)
+def test_what_would_leave_without_noise_is_refused_also_without_parameters(model, words) -> None:
+    components = build(to_json(compose_config(["privacy=record"])))
+    with pytest.raises(ConfigError, match=words):
+        check_privacy(components.privacy, model, components.data, components.training)
+
+
+class Past(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        x = self.first(inputs.flatten(1))
+        return self.last(nn.functional.linear(x, self.first.weight))
+
+
+def test_ghost_clipping_is_refused_for_weights_that_are_used_past_their_layer() -> None:
+    components = build(to_json(compose_config(["privacy=record", "privacy.gradients=ghost"])))
+    assert components.data.held_out is not None
+    probe = (components.task.losses, components.data.held_out)
+    check_ghost(components.task.build_model(), *probe)
+    with pytest.raises(ConfigError, match="privacy.gradients=ghost cannot bound"):
+        check_ghost(Past(), *probe)
+
+
+def test_fix_replaces_such_layers_and_says_which() -> None:
     components = build(to_json(compose_config(["privacy=record"])))
 
     class Unfit:
@@ -427,7 +468,7 @@ version: 1
 data_set: ward-7
 epsilon: {epsilon}
 delta: 1.0e-5
-unit: record
+unit: {unit}
 ledger: ledger.jsonl
 share_budget: true
 public: [num_examples]
@@ -437,26 +478,27 @@ public: [num_examples]
 class Site:
     """A deployed client: the real ClientApp, with its owner's policy."""
 
-    def __init__(self, folder: Path, *, epsilon: float | None, monkeypatch: Any) -> None:
+    def __init__(
+        self, folder: Path, *, epsilon: float | None, monkeypatch: Any, unit: str = "record"
+    ) -> None:
         monkeypatch.delenv("FL_APP_POLICY", raising=False)
         self.ledger = folder / "ledger.jsonl"
         self.node = {"partition-id": 0, "num-partitions": 6}
         if epsilon is not None:
             folder.mkdir(mode=0o700, exist_ok=True)
             path = folder / "policy.yaml"
-            path.write_text(POLICY.format(epsilon=epsilon))
+            path.write_text(POLICY.format(epsilon=epsilon, unit=unit))
             path.chmod(0o600)
             self.node["policy"] = str(path)
 
-    def asked(self, *overrides: str, round: int = 1) -> Message:
-        """Return the client's answer to a server that sends this configuration."""
-        config = settled(
-            compose_config(
-                ["task/model=logistic", "partition.num_clients=6", "client.epochs=1", *overrides]
-            )
-        )
+    def asked(self, *overrides: str, round: int = 1, unchecked: bool = False) -> Message:
+        """Return the client's answer to a server that sends this configuration, maybe a bad one."""
+        base = ["task/model=logistic", "partition.num_clients=6", "client.epochs=1"]
+        config = compose_config([*base, *overrides])
         adopt_identity()
-        params, _ = initial_model(build(to_json(config)), None)
+        params, _ = initial_model(build(to_json(compose_config(base))), None)
+        if not unchecked:
+            config = settled(config)
         content = codec.instruction(
             encode_params(params),
             codec.instruction_config("run", {}, run_dir=str(self.ledger.parent / "elsewhere")),
@@ -499,6 +541,22 @@ def test_no_configuration_raises_a_sites_budget(tmp_path, monkeypatch) -> None:
     assert not site.ledger.exists() or len(site.ledger.read_text().splitlines()) <= 1
 
 
+def test_a_site_pays_from_one_account_whatever_a_server_calls_it(tmp_path, monkeypatch) -> None:
+    site = Site(tmp_path / "site", epsilon=1000, monkeypatch=monkeypatch)
+    site.asked(*PRIVATE)
+    site.node |= {"client-id": "3"}
+    site.asked(*PRIVATE)
+    paid = [json.loads(line) for line in site.ledger.read_text().splitlines()[1:]]
+    assert len(paid) == 2
+    assert len({(entry["client"], entry["data_set"]) for entry in paid}) == 1
+
+
+def test_an_empty_name_of_a_policy_is_no_way_around_it(tmp_path, monkeypatch) -> None:
+    site = Site(tmp_path / "site", epsilon=None, monkeypatch=monkeypatch)
+    monkeypatch.setenv("FL_APP_POLICY", "")
+    assert "PolicyError" in refused(site.asked("privacy=none", "seed=77"))
+
+
 def test_a_server_can_ask_a_site_for_less_than_its_owner_allows(tmp_path, monkeypatch) -> None:
     site = Site(tmp_path / "site", epsilon=1000, monkeypatch=monkeypatch)
     assert "Budget" in refused(site.asked(*PRIVATE, "privacy.epsilon_budget=0.5"))
@@ -510,8 +568,36 @@ def test_a_site_declines_what_is_not_private_as_its_owner_demands(tmp_path, monk
     assert "PolicyError" in refused(site.asked(*PRIVATE, FOR_TESTS))
     assert "PolicyError" in refused(site.asked("privacy=local"))
     without = Site(tmp_path / "none", epsilon=None, monkeypatch=monkeypatch)
-    assert "needs a policy" in refused(without.asked(*PRIVATE))
+    assert "PolicyError" in refused(without.asked(*PRIVATE))
     assert not without.asked("privacy=none").has_error()
+
+
+def test_what_a_site_says_of_an_error_names_neither_its_size_nor_its_files(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
+    size = str(sizes("task/model=logistic", "partition.num_clients=6", *PRIVATE)["0"])
+    for asks in (["client.batch_size=100000"], ["privacy.delta=0.5"]):
+        answer = site.asked(*PRIVATE, *asks, unchecked=True)
+        _, reason = codec.failure_of(answer)  # type: ignore[misc]
+        assert size not in reason
+        assert str(tmp_path) not in reason
+    assert any(size in record.getMessage() for record in caplog.records)
+
+
+def test_a_site_leaves_the_noise_to_the_server_only_if_its_owner_says_so(
+    tmp_path, monkeypatch
+) -> None:
+    asked = ("privacy=client", "strategy.aggregation.weighting=uniform")
+    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch, unit="client")
+    assert "PolicyError" in refused(site.asked(*asked))
+    policy = Path(site.node["policy"])
+    policy.write_text(policy.read_text() + "trust_server: true\n")
+    site.node["policy"] = str(policy.parent / "." / "policy.yaml")
+    from fl_app import client_app as module
+
+    module._runtime_for.cache_clear()  # a site reads its policy when it starts
+    assert not site.asked(*asked).has_error()
 
 
 def test_a_policy_that_others_can_write_stops_the_site(tmp_path, monkeypatch) -> None:
