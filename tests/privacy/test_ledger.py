@@ -261,12 +261,12 @@ def test_a_kill_before_or_after_any_call_of_the_system_does_no_damage(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_was_trained_before_many_kills_is_in_the_ledger(tmp_path: Path, seed: int) -> None:
-    for begun in range(10):  # a new ledger each time: its beginning is the tender part
+    for begun in range(5):  # a new ledger each time: its beginning is the tender part
         folder = tmp_path / str(begun)
         folder.mkdir()
-        kill_and_compare(folder, kills=60, seed=100 * seed + begun)
+        kill_and_compare(folder, kills=40, seed=100 * seed + begun)
 
 
 @pytest.mark.parametrize("instant", ["empty", "part of the header", "no head", "no header's end"])
