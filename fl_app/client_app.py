@@ -23,6 +23,7 @@ from fl_app.config import from_run_config, to_json
 from fl_app.privacy.base import Admission, BudgetExhaustedError, PolicyError
 from fl_app.run_config import local_path
 from fl_app.site import POLICY, site_of
+from fl_app.training import ClientTimeoutError
 from fl_app.types import Budget, ClientId, ConfigError, FlAppError
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def _discreetly(error: FlAppError) -> FlAppError:
 
     How a budget stands is told, if at all, in the words that its owner's policy allows.
     """
-    kind = PolicyError if isinstance(error, PolicyError) else ClientFailedError
+    kinds = (PolicyError, ClientTimeoutError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), ClientFailedError)
     return kind(f"{type(error).__name__}; this client's own log says why")
 
 

@@ -491,7 +491,7 @@ class Site:
             path.chmod(0o600)
             self.node["policy"] = str(path)
 
-    def asked(self, *overrides: str, round: int = 1, unchecked: bool = False) -> Message:
+    def asked(self, *overrides: str, unchecked: bool = False, ttl: float = 600.0) -> Message:
         """Return the client's answer to a server that sends this configuration, maybe a bad one."""
         base = ["task/model=logistic", "partition.num_clients=6", "client.epochs=1"]
         config = compose_config([*base, *overrides])
@@ -502,9 +502,9 @@ class Site:
         content = codec.instruction(
             encode_params(params),
             codec.instruction_config("run", {}, run_dir=str(self.ledger.parent / "elsewhere")),
-            round=round,
+            round=1,
         )
-        [message] = codec.train_messages({1: content}, round=round, ttl=600.0)
+        [message] = codec.train_messages({1: content}, round=1, ttl=ttl)
         context = Context(
             run_id=1,
             node_id=1,
@@ -583,6 +583,13 @@ def test_what_a_site_says_of_an_error_names_neither_its_size_nor_its_files(
         assert size not in reason
         assert str(tmp_path) not in reason
     assert any(size in record.getMessage() for record in caplog.records)
+
+
+def test_a_site_that_is_too_late_says_that_and_no_more(tmp_path, monkeypatch) -> None:
+    site = Site(tmp_path / "site", epsilon=1000, monkeypatch=monkeypatch)
+    kind, reason = codec.failure_of(site.asked(*PRIVATE, ttl=-1.0))  # type: ignore[misc]
+    assert kind is FailureKind.TIMEOUT
+    assert "epoch" not in reason
 
 
 def test_a_site_leaves_the_noise_to_the_server_only_if_its_owner_says_so(
