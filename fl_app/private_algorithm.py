@@ -18,6 +18,7 @@ from fl_app.objective import LocalObjective
 from fl_app.privacy.accounting import accountant_named
 from fl_app.privacy.base import BudgetExhaustedError
 from fl_app.privacy.client_level import CLIPPED, ClientLevel, ClientLevelPlan
+from fl_app.privacy.ledger_format import LedgerError
 from fl_app.privacy.randomness import randomness_from
 from fl_app.privacy.spending import Payment, Payments, Spending
 from fl_app.selection import Selector, expected_cohort, planned_rounds, secret_sample_rate
@@ -51,10 +52,10 @@ class ClientLevelAlgorithm:
         self.plan = plan
         self._payments = payments
         self._seed = seed
+        paid = tuple(payments.paid())
+        self._last_paid = max((payment.round for payment in paid), default=0)
         self._spending = Spending(
-            accountant_named(plan.privacy.accountant),
-            delta=plan.privacy.delta,
-            payments=payments.paid(),
+            accountant_named(plan.privacy.accountant), delta=plan.privacy.delta, payments=paid
         )
         self._paid_round: int | None = None
 
@@ -82,7 +83,14 @@ class ClientLevelAlgorithm:
         Raises:
             BudgetExhaustedError: The round would pass ``privacy.target_epsilon``.
         """
+        if self.plan.event is not None and state.round > self._last_paid:
+            raise LedgerError(
+                f"{state.round} rounds have been played, and the ledger holds {self._last_paid}: "
+                "without the rest there is no epsilon to state. Put back the ledger that belongs "
+                "to this run, with its head, or start a new run."
+            )
         self._pay(clients, round)
+        self._last_paid = round
         ask_to_clip(config, self._max_norm(state))
         return self.inner.instruct(state, clients, arrays, config, round=round)
 

@@ -25,6 +25,7 @@ from fl_app.engines.local import LocalEngine, adopt_identity
 from fl_app.federation import initial_model
 from fl_app.privacy.accounting import GaussianEvent, RdpAccountant
 from fl_app.privacy.base import PolicyError
+from fl_app.privacy.ledger_format import LedgerError
 from fl_app.privacy.none import NoPrivacy
 from fl_app.privacy.record_level import RecordLevel
 from fl_app.privacy.release import CLASSES, DECLARABLE, Release
@@ -110,6 +111,15 @@ def test_a_shared_ledger_accounts_for_several_runs_together(tmp_path) -> None:
     spent = [summary_of(run)["privacy"]["epsilon_max"] for run in (first, second)]
     assert spent[1] > spent[0]
     assert not (first / "ledger.jsonl").exists()
+
+
+def test_a_server_that_has_lost_its_ledger_does_not_start_the_account_again(tmp_path) -> None:
+    asked = ("privacy=client", "strategy.aggregation.weighting=uniform", "rounds=2")
+    run = play(tmp_path / "run", *asked)
+    for name in ("ledger.jsonl", "ledger.jsonl.head"):
+        (run / name).unlink()
+    with pytest.raises(LedgerError, match="2 rounds have been played, and the ledger holds 0"):
+        play_config(resumed_config(str(run), ["rounds=3"]))
 
 
 # Budgets ------------------------------------------------------------------------------------------
