@@ -236,18 +236,10 @@ def _rows(source: _Source) -> Iterator[dict[str, Any]]:
     from fl_app.privacy.statement import cumulative
 
     for entry, epsilon in cumulative(source.ledger, source.accountant, delta=source.delta):
-        charge = entry.charge
         yield {
             "seq": entry.seq,
             "time": entry.time.isoformat(timespec="milliseconds"),
-            "client": charge.account.client,
-            "data_set": charge.account.data_set,
-            "unit": charge.unit.value,
-            "run": charge.run,
-            "round": charge.round,
-            "noise_multiplier": charge.event.noise_multiplier,
-            "sample_rate": charge.event.sample_rate,
-            "count": charge.event.count,
+            **entry.charge.fields(),
             "epsilon": _finite(epsilon),
             "delta": source.delta,
         }

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fl_app.objective import LocalObjective
-from fl_app.params import change_of, copy_into, entries_of
+from fl_app.params import change_of
 from fl_app.privacy.base import RecordPlan
 from fl_app.privacy.randomness import PrivacyRandomness
 from fl_app.tasks.base import Task
@@ -25,6 +25,7 @@ from fl_app.training import (
     Randomness,
     TrainedModel,
     layers_seeded,
+    loaded,
     others_restored,
 )
 from fl_app.types import ClientExamples, Params
@@ -67,12 +68,7 @@ def train_privately(
     """
     from fl_app.privacy.private_steps import private_steps  # Opacus takes a second to import
 
-    entries = entries_of(model)
-    copy_into(entries, received)
-    model.train()
-    trainable = {name: tensor for name, tensor in entries.items() if tensor.requires_grad}
-    local = list(trainable.values())
-    start = [received[name] for name in trainable]
+    entries, local, start = loaded(model, received)
     optimizer: Optimizer = training.optimizer(local)
     if optimizer_state:
         optimizer.load_state_dict(dict(optimizer_state))

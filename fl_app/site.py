@@ -17,16 +17,13 @@ from typing import Protocol
 from fl_app.privacy.accounting import accountant_named
 from fl_app.privacy.base import Guard, PolicyError, Privacy
 from fl_app.privacy.guard import LedgerGuard, OpenGuard, guard_of
-from fl_app.privacy.ledger import Ledger
+from fl_app.privacy.ledger import LEDGER_NAME, Ledger
 from fl_app.privacy.policy import Policy, Terms, read_policy
 from fl_app.privacy.randomness import Source
 from fl_app.types import ClientId, ConfigError, Examples, PrivacyUnit
 
 POLICY = "FL_APP_POLICY"
 """Environment variable that names a site's policy, unless its node config does."""
-
-LEDGER = "ledger.jsonl"
-"""Name of a simulation's ledger, in the run's folder."""
 
 
 class Site(Protocol):
@@ -74,7 +71,7 @@ class SimulatedSite:
         """Return who admits a round, from a ledger in the run's folder or the one configured."""
         if self.privacy.unit is PrivacyUnit.NONE:
             return OpenGuard()
-        path = self.privacy.ledger or (f"{run_dir}/{LEDGER}" if run_dir else LEDGER)
+        path = self.privacy.ledger or (f"{run_dir}/{LEDGER_NAME}" if run_dir else LEDGER_NAME)
         if path not in self._guards:
             terms = Terms(
                 data_set=self.data_set,

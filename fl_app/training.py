@@ -153,12 +153,7 @@ def train_locally(
     Raises:
         ClientTimeoutError: The deadline passed.
     """
-    entries = entries_of(model)
-    copy_into(entries, received)
-    model.train()
-    trainable = {name: tensor for name, tensor in entries.items() if tensor.requires_grad}
-    local = list(trainable.values())
-    start = [received[name] for name in trainable]
+    entries, local, start = loaded(model, received)
     optimizer = make_local_optimizer(training.optimizer, local, optimizer_state)
     generator = randomness.batches()
     best = _BestEpoch(training.early_stopping_patience)
@@ -178,6 +173,21 @@ def train_locally(
         metrics={"loss": loss_sum.item() / len(examples.train), "epochs": float(epoch)},
         optimizer_state=optimizer.state_dict(),
     )
+
+
+def loaded(
+    model: nn.Module, received: Params
+) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+    """Load the received parameters into a scratch module, in training mode.
+
+    Returns:
+        The module's own entries by name; of these the trainable ones; and what these were sent as.
+    """
+    entries = entries_of(model)
+    copy_into(entries, received)
+    model.train()
+    trainable = {name: tensor for name, tensor in entries.items() if tensor.requires_grad}
+    return entries, list(trainable.values()), [received[name] for name in trainable]
 
 
 @contextmanager

@@ -95,16 +95,13 @@ class RdpAccountant:
 
     def epsilon(self, events: Iterable[GaussianEvent], *, delta: float) -> float:
         """Return an upper bound on epsilon at ``delta`` for all events together."""
-        from opacus.accountants.analysis import rdp as opacus_rdp
-
         total = np.zeros(len(ORDERS))
         for (noise_multiplier, sample_rate), count in _grouped(events).items():
             total = total + count * rdp_of(noise_multiplier, sample_rate)
         if not total.any():
             return 0.0
-        with _answer_or_error():
-            bound, _ = opacus_rdp.get_privacy_spent(orders=ORDERS, rdp=total, delta=delta)
-            return _finite(float(bound))
+        [bound] = _converted(total[None], np.array([[delta]]))
+        return _finite(float(bound))
 
 
 @lru_cache(maxsize=4096)
@@ -232,15 +229,29 @@ def epsilons(
                 total += count * rdp_of(noise_multiplier, sample_rate)
             except UnaccountableError:
                 total += math.inf
-    # Balle et al. 2020, arXiv:1905.09982, Theorem 21, as Opacus converts.
+    deltas = np.array([adaptive_delta(h, delta) for h in histories]).reshape(-1, 1)
+    best = _converted(totals, deltas)
+    return [float(x) if total.any() else 0.0 for x, total in zip(best, totals, strict=True)]
+
+
+def _converted(
+    totals: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+    deltas: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return the smallest epsilon over the orders; inf where there is none.
+
+    Balle et al. 2020, arXiv:1905.09982, Theorem 21, as Opacus converts.
+
+    Args:
+        totals: Renyi divergences, shape ``(histories, orders)``.
+        deltas: Shape ``(histories, 1)``.
+    """
     orders = np.asarray(ORDERS)
     with np.errstate(invalid="ignore"):
-        deltas = np.array([adaptive_delta(h, delta) for h in histories]).reshape(-1, 1)
         bounds = totals - (np.log(deltas) + np.log(orders)) / (orders - 1)
         bounds += np.log((orders - 1) / orders)
     best = np.fmin.reduce(bounds, axis=1)  # leaves NaN out where there is another bound
-    best = np.where(np.isnan(best), math.inf, np.maximum(best, 0.0))
-    return [float(x) if total.any() else 0.0 for x, total in zip(best, totals, strict=True)]
+    return np.where(np.isnan(best), math.inf, np.maximum(best, 0.0))
 
 
 @lru_cache(maxsize=4096)

@@ -25,6 +25,7 @@ from fl_app.privacy.accounting import (
     accountant_named,
     solve_noise,
 )
+from fl_app.privacy.checks import check_bound, check_delta, check_noise_and_target
 from fl_app.privacy.noisy_sum import clipped_sum, rounded_like, with_noise
 from fl_app.privacy.randomness import PrivacyRandomness, Source, check_source
 from fl_app.types import ConfigError, Params, PrivacyUnit
@@ -70,7 +71,8 @@ class ClientLevel:
 
     def __post_init__(self) -> None:
         check_noise_and_target(self.noise_multiplier, self.target_epsilon, self.planned_rounds)
-        check_bound_and_delta(self.max_norm, self.delta)
+        check_bound(self.max_norm)
+        check_delta(self.delta)
         if self.target_quantile is not None and not 0 < self.target_quantile < 1:
             raise ConfigError(
                 f"privacy.target_quantile={self.target_quantile} must lie in (0, 1): 0.5 lets half "
@@ -282,42 +284,3 @@ class ClientLevelPlan:
         noise = float(randomness.normal(torch.zeros(1, dtype=torch.float64), std=std))
         share = (sum(terms) + noise) / self.expected_cohort + 0.5
         return max_norm * math.exp(-self.privacy.bound_learning_rate * (share - gamma))
-
-
-def check_noise_and_target(
-    noise_multiplier: float | None, target_epsilon: float | None, planned_rounds: int | None
-) -> None:
-    """Refuse noise or target out of range, both of them, or neither.
-
-    Raises:
-        ConfigError: As said.
-    """
-    if (noise_multiplier is None) == (target_epsilon is None):
-        raise ConfigError(
-            f"privacy.noise_multiplier={noise_multiplier} and privacy.target_epsilon="
-            f"{target_epsilon}: give one of them and set the other to null."
-        )
-    for key, value in (("noise_multiplier", noise_multiplier), ("target_epsilon", target_epsilon)):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(
-                f"privacy.{key}={value} must be > 0 and finite, or null; for a run without noise "
-                "choose privacy=none."
-            )
-    if planned_rounds is not None and planned_rounds < 1:
-        raise ConfigError(f"privacy.planned_rounds={planned_rounds} must be >= 1, or null.")
-
-
-def check_bound_and_delta(max_norm: float, delta: float) -> None:
-    """Refuse a bound or a delta out of range.
-
-    Raises:
-        ConfigError: As said.
-    """
-    if not 0 < max_norm < math.inf:
-        raise ConfigError(
-            f"privacy.max_norm={max_norm} must be > 0 and finite: noise is in proportion to it."
-        )
-    if not 0 < delta < 1:
-        raise ConfigError(
-            f"privacy.delta={delta} must lie in (0, 1), well below one over the clients there are."
-        )

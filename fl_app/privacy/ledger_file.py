@@ -37,7 +37,7 @@ RESTORE = (
     "Put ledger and head back from a backup that holds every charge, or close its accounts "
     '(PRIVACY.md, "When a ledger is damaged"). Nothing was trained and nothing changed.'
 )
-_OTHERS_WRITE = 0o022
+OTHERS_WRITE = 0o022
 _MORE_THAN_A_HEADER = 4096
 
 
@@ -257,7 +257,7 @@ class LedgerFile:
 
 
 def _check_mode(path: Path, found: os.stat_result) -> None:
-    if found.st_mode & _OTHERS_WRITE:
+    if found.st_mode & OTHERS_WRITE:
         raise LedgerError(
             f"{path} can be written by other users, who could lower what was spent: "
             f"chmod 600 {path}"

@@ -65,6 +65,19 @@ class Charge:
     round: int
     event: GaussianEvent
 
+    def fields(self) -> dict[str, Any]:
+        """Return what a line of a ledger says of it, in the order in which lines are sealed."""
+        return {
+            "client": self.account.client,
+            "data_set": self.account.data_set,
+            "unit": self.unit.value,
+            "run": self.run,
+            "round": self.round,
+            "noise_multiplier": self.event.noise_multiplier,
+            "sample_rate": self.event.sample_rate,
+            "count": self.event.count,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
@@ -173,14 +186,7 @@ def write_entries(
             {
                 "seq": seq,
                 "time": _stamp(time),
-                "client": charge.account.client,
-                "data_set": charge.account.data_set,
-                "unit": charge.unit.value,
-                "run": charge.run,
-                "round": charge.round,
-                "noise_multiplier": charge.event.noise_multiplier,
-                "sample_rate": charge.event.sample_rate,
-                "count": charge.event.count,
+                **charge.fields(),
             }
         )[:-1]
         seal = _seal(seal, body)

@@ -11,7 +11,6 @@ Not hidden: that a client was asked, whether it answered, and when.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +21,13 @@ from fl_app.privacy.accounting import (
     accountant_named,
     solve_noise,
 )
-from fl_app.privacy.client_level import check_bound_and_delta, check_noise_and_target
+from fl_app.privacy.checks import (
+    check_bound,
+    check_budget,
+    check_delta,
+    check_noise_and_target,
+    lower_of,
+)
 from fl_app.privacy.noisy_sum import clipped_sum, rounded_like, with_noise
 from fl_app.privacy.randomness import PrivacyRandomness, Source, check_source
 from fl_app.types import ConfigError, Params, PrivacyUnit
@@ -61,11 +66,9 @@ class LocalLevel:
 
     def __post_init__(self) -> None:
         check_noise_and_target(self.noise_multiplier, self.target_epsilon, self.planned_rounds)
-        check_bound_and_delta(self.max_norm, self.delta)
-        if self.epsilon_budget is not None and not 0 < self.epsilon_budget < math.inf:
-            raise ConfigError(
-                f"privacy.epsilon_budget={self.epsilon_budget} must be > 0 and finite, or null."
-            )
+        check_bound(self.max_norm)
+        check_delta(self.delta)
+        check_budget(self.epsilon_budget)
         accountant_named(self.accountant)
         check_source("privacy.randomness", self.randomness)
         if self.noise_multiplier is not None:
@@ -79,8 +82,7 @@ class LocalLevel:
     @property
     def limit(self) -> float | None:
         """Epsilon beyond which a client declines, as far as the configuration says; or None."""
-        limits = [e for e in (self.epsilon_budget, self.target_epsilon) if e is not None]
-        return min(limits, default=None)
+        return lower_of(self.epsilon_budget, self.target_epsilon)
 
     @property
     def noise(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fl_app.privacy.ledger import Ledger
+from fl_app.privacy.ledger import LEDGER_NAME, Ledger
 from fl_app.privacy.ledger_format import Account, Charge
 from fl_app.privacy.spending import Payment
 from fl_app.types import PrivacyUnit
@@ -26,7 +26,7 @@ class LedgerPayments:
 
     def __init__(self, run_dir: Path, *, run: str) -> None:
         self._run = run
-        self._ledger = Ledger(run_dir / "ledger.jsonl")
+        self._ledger = Ledger(run_dir / LEDGER_NAME)
 
     def pay(self, payment: Payment) -> None:
         """Append a payment: one entry for each who pays, in one synced write."""

@@ -36,12 +36,12 @@ import yaml
 
 from fl_app.privacy.accounting import Accountant, accountant_named
 from fl_app.privacy.ledger import CLOCK_TOLERANCE_S, Ledger
+from fl_app.privacy.ledger_file import OTHERS_WRITE
 from fl_app.privacy.release import PublicField
 from fl_app.run_config import closest
 from fl_app.types import ConfigError, Examples, PrivacyUnit
 
 VERSION = 1
-_OTHERS_WRITE = 0o022
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -303,7 +303,7 @@ def _check_access(path: Path) -> None:
             mode = place.stat().st_mode
             if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
                 continue
-            if mode & _OTHERS_WRITE:
+            if mode & OTHERS_WRITE:
                 raise ConfigError(
                     f"policy={path}: {place} can be written by other users, who could raise the "
                     f"budget: chmod go-w {place}"

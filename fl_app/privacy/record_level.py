@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from fl_app.privacy.accounting import GaussianEvent, accountant_named, solve_noise
 from fl_app.privacy.base import RecordPlan
+from fl_app.privacy.checks import check_budget, check_delta, check_noise_and_target, lower_of
 from fl_app.privacy.dp_sgd import DpSgd, GradientMode
 from fl_app.privacy.randomness import PoissonSampling, PrivacyRandomness, Source, check_source
 from fl_app.privacy.release import check_public
@@ -74,19 +75,9 @@ class RecordLevel:
     randomness: str = Source.SECRET
 
     def __post_init__(self) -> None:
-        if (self.noise_multiplier is None) == (self.target_epsilon is None):
-            raise ConfigError(
-                f"privacy.noise_multiplier={self.noise_multiplier} and privacy.target_epsilon="
-                f"{self.target_epsilon}: give one of them and set the other to null."
-            )
-        for key in ("noise_multiplier", "target_epsilon", "epsilon_budget"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"privacy.{key}={value} must be > 0 and finite, or null.")
-        if not 0 < self.delta < 1:
-            raise ConfigError(f"privacy.delta={self.delta} must lie in (0, 1), well below 1/n.")
-        if self.planned_rounds is not None and self.planned_rounds < 1:
-            raise ConfigError(f"privacy.planned_rounds={self.planned_rounds} must be >= 1.")
+        check_noise_and_target(self.noise_multiplier, self.target_epsilon, self.planned_rounds)
+        check_budget(self.epsilon_budget)
+        check_delta(self.delta)
         check_source("privacy.randomness", self.randomness)
         accountant_named(self.accountant)
         check_public(self.public)
@@ -100,8 +91,7 @@ class RecordLevel:
     @property
     def limit(self) -> float | None:
         """Epsilon beyond which a client declines, as far as the configuration says; or None."""
-        limits = [e for e in (self.epsilon_budget, self.target_epsilon) if e is not None]
-        return min(limits, default=None)
+        return lower_of(self.epsilon_budget, self.target_epsilon)
 
     def event(self, num_examples: int, *, batch_size: int, epochs: int) -> GaussianEvent:
         """Return what one round costs a client with that many records: all its steps.
