@@ -59,7 +59,7 @@ HOMES = {
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy", "private_preflight"},
     "dp_accounting": {"privacy"},
-    "randomgen": {"privacy"},
+    "cryptography": {"privacy"},
     "wandb": {"tracking"},
     "ray": {"engines"},
 }
