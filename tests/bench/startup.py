@@ -87,8 +87,13 @@ def with_fl_app(*arguments: str) -> Callable[[Path, list[str]], None]:
     return play
 
 
-def with_flwr_run(at_home: Flower | None) -> Callable[[Path, list[str]], None]:
-    """Return what plays ``flwr run --stream``, on a SuperLink that runs or a new one for None."""
+def with_flwr_run(at_home: Flower | None, *extra: str) -> Callable[[Path, list[str]], None]:
+    """Return what plays ``flwr run --stream``, on a SuperLink that runs or a new one for None.
+
+    Args:
+        at_home: Where the SuperLink runs.
+        extra: Overrides of this way alone.
+    """
 
     def play(folder: Path, overrides: list[str]) -> None:
         if at_home is None:
@@ -99,7 +104,7 @@ def with_flwr_run(at_home: Flower | None) -> Callable[[Path, list[str]], None]:
 
     def submit(flwr: Flower, folder: Path, overrides: list[str]) -> None:
         # The SuperLink keeps the working directory it was started with; this names the folder.
-        given = " ".join([*overrides, f"output_url={folder}"])
+        given = " ".join([*overrides, *extra, f"output_url={folder}"])
         command = [
             *("flwr", "run", str(Path(__file__).resolve().parents[2]), "--stream"),
             *("--run-config", f"overrides={json.dumps(given)}"),
@@ -150,6 +155,7 @@ def main() -> None:
             Way(name="`fl-app run`", play=with_fl_app()),
             Way(name="`fl-app run engine=simulation`", play=with_fl_app("engine=simulation")),
             Way(name="`flwr run`, its SuperLink up already", play=with_flwr_run(at_home)),
+            Way(name="the same, with `engine=local`", play=with_flwr_run(at_home, "engine=local")),
             Way(name="`flwr run`, starting its SuperLink", play=with_flwr_run(None)),
         ]
         (folder / "warm_up").mkdir()
