@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from torch import nn
 
 from fl_app.algorithm import Algorithm, Composition
@@ -211,6 +211,15 @@ def adopt_threads(config: Mapping[str, Any]) -> None:
 def make_engine(config: Mapping[str, Any]) -> Any:
     """Return the engine that a configuration names."""
     return _make(config, "engine")
+
+
+def has_own_grid(config: Mapping[str, Any]) -> bool:
+    """Return whether the engine reaches its clients by a Grid of its own, not by one of Flower's.
+
+    Asked of the class: where it is not to be used, its values need not suit the machine.
+    """
+    target = config["engine"].get("_target_")
+    return target is not None and hasattr(get_object(target), "grid")
 
 
 def make_tracker(config: Mapping[str, Any]) -> Any:

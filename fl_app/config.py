@@ -184,6 +184,26 @@ def from_run_config(
     return check(config)
 
 
+def chosen_engine(run_config: Mapping[str, Any]) -> str | None:
+    """Return the override by which a person chose the engine in Flower's run config.
+
+    Such as ``engine=local``; None if nobody did. The default of ``conf/config.yaml`` is no choice:
+    ``flwr run .`` means Flower's runtime. Neither is a key such as ``engine.threads=2``, which
+    holds there as well.
+
+    Args:
+        run_config: Flower's run config; ``config-json`` is a program's, and no override.
+
+    Raises:
+        ConfigError: ``overrides`` cannot be read.
+    """
+    if run_config.get("config-json"):
+        return None
+    overrides, _ = parse_overrides(str(run_config.get("overrides") or ""))
+    chosen = [o for o in overrides if o.partition("=")[0].strip().lstrip("+~") == "engine"]
+    return chosen[-1] if chosen else None
+
+
 def to_yaml(config: Mapping[str, Any]) -> str:
     """Return the configuration as the text of a ``config.yaml``."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(config)))

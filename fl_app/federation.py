@@ -82,7 +82,7 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
     if engine_of(grid) == "deployment" and components.training.attack != NoAttack():
         raise ConfigError(
             f"client.attack={components.training.attack} is for simulated clients, and these are "
-            "real: choose client/attack=none, or engine=local."
+            "real: choose client/attack=none, or simulate with fl-app run."
         )
     if engine_of(grid) == "deployment":
         for key, component in (("privacy", components.privacy), ("selection", components.selector)):

@@ -6,17 +6,18 @@ import json
 import logging
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_app.components import adopt_threads
-from fl_app.config import from_run_config
+from fl_app.components import adopt_threads, has_own_grid, make_engine
+from fl_app.config import chosen_engine, from_run_config
 from fl_app.federation import run_federation
-from fl_app.population import wait_for_nodes
+from fl_app.population import engine_of, wait_for_nodes
 from fl_app.types import ConfigError, FlAppError
 
 OUTCOME = "FL_APP_OUTCOME"
@@ -31,9 +32,50 @@ def main(grid: Grid, context: Context) -> None:
     launched_at = float(context.run_config.get("launched-at") or time.time())
     _show_log()
     with _telling_the_launcher() as outcome:
-        config = from_run_config(context.run_config, connected=wait_for_nodes(grid))
-        adopt_threads(config)
-        outcome["run_dir"] = str(run_federation(config, grid, launched_at=launched_at))
+        run_dir = _play(grid, context.run_config, launched_at=launched_at)
+        outcome["run_dir"] = str(run_dir)
+
+
+def _play(grid: Grid, run_config: Mapping[str, Any], *, launched_at: float) -> Path:
+    """Play the run on Flower's Grid, or on that of an engine that was asked for; return its folder.
+
+    Raises:
+        ConfigError: The configuration is not valid, or cannot be run here.
+    """
+    own = _config_of_own_grid(grid, run_config)
+    if own is not None:
+        # Flower's identity of this process is the engine's from here on: nobody else needs it.
+        run_dir: Path = make_engine(own).run(own, launched_at=launched_at)
+        return run_dir
+    config = from_run_config(run_config, connected=wait_for_nodes(grid))
+    adopt_threads(config)
+    return run_federation(config, grid, launched_at=launched_at)
+
+
+def _config_of_own_grid(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration if its engine is to play in this process, without Flower's Grid.
+
+    The connected nodes are then nobody's: the population is that of the configuration alone. A
+    program that sends a whole configuration to real clients has chosen them by where it sent it,
+    and the engine in it may be just the default.
+
+    Raises:
+        ConfigError: A person chose such an engine, and the federation's clients are real.
+    """
+    chosen, program = chosen_engine(run_config), bool(run_config.get("config-json"))
+    simulated = engine_of(grid) == "simulation"
+    if not (chosen or (program and simulated)):
+        return None
+    config = from_run_config(run_config)
+    if not has_own_grid(config):
+        return None
+    if not simulated:
+        raise ConfigError(
+            f"{chosen} simulates the clients in the ServerApp, and those of this federation are "
+            "real: none of them would be asked. Leave it out to train on them; simulate with "
+            f"fl-app run {chosen}, or with flwr run on a simulation federation."
+        )
+    return config
 
 
 def _show_log() -> None:

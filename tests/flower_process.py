@@ -36,11 +36,14 @@ class Played:
         code: Exit code of the command.
         log: What it printed, with the run's own log.
         status: The SuperLink's word on the run, such as ``finished:completed``; empty without one.
+        client_seconds: What Flower's nodes spent on messages, by the SuperLink's own account; 0
+            exactly if none was sent one.
     """
 
     code: int
     log: str
     status: str
+    client_seconds: float
 
     @property
     def plain(self) -> str:
@@ -87,13 +90,19 @@ class Flower:
             options += ["--federation-config", federation]
         done = self.call("run", str(REPOSITORY), "--stream", *options)
         found = re.search(r"Successfully started run (\d+)", done.stdout)
-        status = self.status(found[1]) if found else ""
-        return Played(code=done.returncode, log=done.stdout, status=status)
+        listed = self.listed(found[1]) if found else {"status": "", "compute-time": {}}
+        return Played(
+            code=done.returncode,
+            log=done.stdout,
+            status=listed["status"],
+            client_seconds=listed["compute-time"].get("clientapp-seconds", 0.0),
+        )
 
-    def status(self, run_id: str) -> str:
-        """Return the SuperLink's word on a run."""
-        listed: Any = json.loads(self.call("ls", "--run-id", run_id, "--format", "json").stdout)
-        return str(listed["runs"][0]["status"])
+    def listed(self, run_id: str) -> dict[str, Any]:
+        """Return what the SuperLink says of a run."""
+        listed = json.loads(self.call("ls", "--run-id", run_id, "--format", "json").stdout)
+        run: dict[str, Any] = listed["runs"][0]
+        return run
 
     def run_dirs(self) -> list[Path]:
         """Return the folders of the runs so far, oldest first."""

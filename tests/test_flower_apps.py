@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
-from helpers import TINY
+from flwr.superlink.grid import InMemoryGrid
+from helpers import TINY, play, rounds_of, summary_of
 
 from fl_app import client_app, server_app
 from fl_app.codec import decode_description, failure_of, query_messages
-from fl_app.config import compose_config, from_run_config, to_json
+from fl_app.config import chosen_engine, compose_config, from_run_config, to_json
 from fl_app.engines.local import adopt_identity
 from fl_app.population import wait_for_nodes
 from fl_app.types import ConfigError, EmptyCohortError
@@ -44,6 +45,19 @@ class Nodes:
     def get_node_ids(self) -> range:
         count = self._counts.pop(0) if len(self._counts) > 1 else self._counts[0]
         return range(1, count + 1)
+
+
+class NobodyAsked(InMemoryGrid):
+    """The Grid of Flower's simulation, for runs that are to leave it alone."""
+
+    def __init__(self) -> None:
+        pass
+
+    def get_node_ids(self) -> Iterable[int]:
+        raise AssertionError("asked for nodes")
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise AssertionError("sent messages")
 
 
 # The population --------------------------------------------------------------------------------
@@ -174,6 +188,8 @@ def test_the_launcher_is_told_why_a_run_failed(
         ("task._target_=fl_app.selection.Uniform", "task"),
         ("selection.count=5", "selection.count=5 exceeds the population of 2 clients"),
         ("resume=nowhere", "resume=nowhere is not the folder of a run"),
+        ("engine=local", "engine=local simulates .* are real.*Leave it out.*fl-app run"),
+        ("engine=loca", "engine=loca does not exist; did you mean local"),
     ],
 )
 def test_a_mistake_ends_the_server_app_with_one_message(
@@ -183,6 +199,65 @@ def test_a_mistake_ends_the_server_app_with_one_message(
     with pytest.raises(ConfigError, match=words):
         server_app.main(Nodes(2), context({}, overrides=overrides))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen"),
+    [
+        ("", None),
+        ("rounds=2 strategy=fedprox", None),
+        ("engine.threads=2 engine.workers=2", None),  # these hold on any runtime, or on none
+        ("name=engine=local", None),
+        ("engine=local", "engine=local"),
+        ("'engine = local' rounds=2", "engine = local"),
+        ("engine=local engine=simulation", "engine=simulation"),  # Hydra's last word, too
+    ],
+)
+def test_an_engine_is_chosen_by_an_override_of_its_group_alone(
+    overrides: str, chosen: str | None
+) -> None:
+    assert chosen_engine({"overrides": overrides}) == chosen
+
+
+@pytest.mark.parametrize("program", [False, True])
+def test_an_engine_that_was_asked_for_plays_what_fl_app_run_plays_without_flowers_grid(
+    program: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = ["engine=local", "rounds=2", f"run_dir={tmp_path}/run"]
+    quick = [o for o in TINY if "num_clients" not in o]  # nobody counts nodes
+    given = (
+        {"config-json": to_json(compose_config([*quick, *typed]))}
+        if program
+        else {"overrides": " ".join([*quick, *typed])}
+    )
+    monkeypatch.setenv(server_app.OUTCOME, str(tmp_path / "outcome.json"))
+    server_app.main(NobodyAsked(), context({}, **given))
+    told = json.loads((tmp_path / "outcome.json").read_text())
+    assert told == {"run_dir": f"{tmp_path}/run"}
+    local = play(tmp_path / "local", *quick, "rounds=2", tiny=False)
+    summary, expected = summary_of(tmp_path / "run"), summary_of(local)
+    assert (summary["engine"], summary["clients"]) == ("local", 10)
+    assert summary["model_hash"] == expected["model_hash"]
+    assert rounds_of(tmp_path / "run") == rounds_of(local)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("overrides", ""),
+        ("overrides", "engine.threads=1"),
+        ("overrides", "engine=simulation"),
+        ("config-json", to_json(compose_config(["engine=simulation"]))),
+    ],
+)
+def test_without_that_flowers_grid_is_the_one_that_is_asked(key: str, text: str) -> None:
+    with pytest.raises(AssertionError, match="asked for nodes"):
+        server_app.main(NobodyAsked(), context({}, **{key: text}))
+
+
+def test_a_program_that_sends_a_configuration_to_real_clients_means_them() -> None:
+    given = {"config-json": to_json(compose_config(["engine=local"]))}
+    assert server_app._config_of_own_grid(Nodes(2), given) is None  # type: ignore[arg-type]
 
 
 def test_nodes_that_differ_from_the_population_are_said_in_one_line(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flower_process import Flower, flower, free_port
-from helpers import play, rounds_of, summary_of
+from helpers import fl_app, play, rounds_of, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -43,6 +44,9 @@ def test_the_connected_nodes_are_the_population_and_the_bits_those_of_engine_loc
     summary = summary_of(run_dir)
     assert (summary["clients"], summary["cohort_size"], summary["strategy"]) == (7, 4, "fedadam")
     assert "num_clients: 7" in (run_dir / "config.yaml").read_text()
+    # The engine of conf/config.yaml is local: a default is nobody's wish.
+    assert summary["engine"] == "simulation"
+    assert played.client_seconds > 0
     local = play(
         tmp_path / "local",
         *SHORT.split(),
@@ -52,6 +56,23 @@ def test_the_connected_nodes_are_the_population_and_the_bits_those_of_engine_loc
     )
     assert rounds_of(run_dir) == rounds_of(local)
     assert summary["model_hash"] == summary_of(local)["model_hash"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_with_engine_local_no_node_is_sent_a_message_and_the_run_is_that_of_fl_app_run(
+    workers: int, flwr: Flower, tmp_path: Path
+) -> None:
+    overrides = f"{SHORT} engine=local engine.workers={workers}"
+    played = flwr.run(overrides=overrides, supernodes=3)
+    assert played.status == "finished:completed", played.log
+    assert played.client_seconds == 0
+    run_dir = flwr.run_dirs()[-1]
+    summary = summary_of(run_dir)
+    assert (summary["engine"], summary["clients"]) == ("local", 10)  # not the three nodes
+    done = fl_app("run", *overrides.split(), f"output_url={tmp_path}", "--json", cwd=tmp_path)
+    expected = json.loads(done.stdout)
+    for key in ("model_hash", "config_hash", "engine", "metrics", "fairness", "communication"):
+        assert summary[key] == expected[key], key
 
 
 def test_more_nodes_than_clients_are_said_in_one_line_and_the_run_goes_on(flwr: Flower) -> None:
