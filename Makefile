@@ -61,7 +61,7 @@ format: $(INSTALLED) ## Mend format and whatever lint can mend (ruff)
 types: $(INSTALLED) ## Check types (mypy, strict)
 	$(PY) -m mypy
 
-bench: $(INSTALLED) ## Measure seconds per round
+bench: $(INSTALLED) ## Compare seconds per round with others; ARGS="--only mlp --json FILE", PFL_PYTHON=...
 	$(PY) tests/bench/bench_round.py $(ARGS)
 
 bench-startup: $(INSTALLED) ## Measure how long runs take to start, on each engine and under flwr run

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +26,23 @@ class ContenderError(RuntimeError):
     """A contender ended or hung; the message ends with the last lines it printed."""
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """Return the environment of every contender: one torch thread, no telemetry, our modules."""
+def environment(*, threads: int | None = 1, **extra: str) -> dict[str, str]:
+    """Return the environment of a contender: no telemetry, our modules, memory as glibc has it.
+
+    Args:
+        threads: Torch's intra-op threads, or None to leave them to the contender.
+        **extra: Further variables, which win.
+    """
     paths = [str(BENCH), str(BENCH.parents[1]), os.environ.get("PYTHONPATH", "")]
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("OMP_NUM_THREADS", "LD_PRELOAD") and not key.startswith("MALLOC_")
+    }
     return {
-        **os.environ,
+        **inherited,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": "1",
+        **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -49,9 +59,16 @@ class Contender:
         path: What a round goes through, in words.
         command: Arguments of the Python interpreter.
         folder: Folder of its own; its working directory, ``FLWR_HOME`` and log are there.
+        python: The interpreter.
+        threads: Torch's intra-op threads, or None to leave them to it.
+        variables: Further variables of its environment.
+        training: What ``training`` must be in its summary; "" for any, None if it writes none.
         frozen_between_turns: Stop the process while others play: Flower's runtime keeps polling
             for messages of 1,000 nodes ten times a second, which others would pay for.
         rounds_s: Seconds of each round so far, warm-up included.
+        cohorts: Clients of each round so far, if it tells.
+        memory_mib: Resident memory of it and its processes, by the round after which it was read.
+        versions: Of its packages, if it tells.
         start_up_s: Seconds from its start until it was ready for its first turn.
     """
 
@@ -60,7 +77,14 @@ class Contender:
     command: Sequence[str]
     folder: Path
     frozen_between_turns: bool = False
+    python: str = sys.executable
+    threads: int | None = 1
+    variables: Mapping[str, str] = field(default_factory=dict)
+    training: str | None = None
     rounds_s: list[float] = field(default_factory=list)
+    cohorts: list[list[str]] = field(default_factory=list)
+    memory_mib: dict[int, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     start_up_s: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
     _turn_pipe: int = -1
@@ -82,10 +106,15 @@ class Contender:
         self._told_pipe, writing = os.pipe()
         with (self.folder / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *self.command],
+                [self.python, *self.command],
                 cwd=self.folder,
                 env=environment(
-                    **{PIPES: f"{reading},{writing}", "FLWR_HOME": str(self.folder / "flwr")}
+                    threads=self.threads,
+                    **{
+                        PIPES: f"{reading},{writing}",
+                        "FLWR_HOME": str(self.folder / "flwr"),
+                        **self.variables,
+                    },
                 ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -94,25 +123,42 @@ class Contender:
             )
         os.close(reading)
         os.close(writing)
-        self._hear()
+        self.versions = self._hear().get("versions", {})
         self.start_up_s = time.perf_counter() - began
         self._freeze()
 
-    def play(self, *, clients: int | None = None) -> dict[str, Any]:
+    def play(self, *, clients: int | None = None, steps: int | None = None) -> dict[str, Any]:
         """Have it play one round; return what it told.
 
         Args:
-            clients: How many clients must have trained, or None for any number.
+            clients: How many clients must have trained, if it tells; None for any number.
+            steps: How many steps they must have taken together, if it tells; None for any number.
         """
         if self.frozen_between_turns:
             os.kill(self.pid, signal.SIGCONT)
         os.write(self._turn_pipe, b"\n")
         told = self._hear()
         self._freeze()
-        if clients is not None and told["clients"] != clients:
-            raise ContenderError(f"{self.name}: {told['clients']} of {clients} clients trained.")
+        for what, wanted in (("clients", clients), ("steps", steps)):
+            if wanted is not None and told.get(what, wanted) != wanted:
+                raise ContenderError(f"{self.name}: {told[what]} {what} instead of {wanted}.")
+        if told.get("moved") == 0.0:
+            raise ContenderError(f"{self.name}: the round left the model as it was.")
         self.rounds_s.append(told["seconds"])
+        self.cohorts.append(told.get("cohort", []))
         return told
+
+    def read_memory(self) -> None:
+        """Note how much memory it has now, if the system tells."""
+        family = [self.pid, *descendants(self.pid)]
+        self.memory_mib[len(self.rounds_s)] = sum(memory_mib(pid) or 0.0 for pid in family)
+
+    def told_training(self) -> str | None:
+        """Return which way to train its summary names, once it has ended; None if it does not."""
+        for path in self.folder.glob("outputs/*/*/summary.json"):
+            found: str | None = json.loads(path.read_text()).get("training")
+            return found
+        return None
 
     def finish(self) -> int:
         """Let it end by itself, with whatever it has started; return how many had to be killed."""

@@ -1,5 +1,7 @@
 """Contender: stock Flower, ``flwr.simulation.run_simulation`` on Ray.
 
+    python flower_simulation.py WORKLOAD ROUNDS CORES_OF_A_CLIENT (0: as Ray comes)
+
 Server and client are written as Flower's PyTorch quickstart writes them: FedAvg, and a ClientApp
 that builds model, DataLoader and optimizer for every message. ``run_simulation`` is deprecated,
 but it is the runtime below ``flwr run``, and what people measure.
@@ -17,12 +19,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from hydra.utils import instantiate
-from synthetic_task import BATCH, CLIENTS, FRACTION, LR, SEED, RandomImages
+from schedule import seed_model
 from torch.utils.data import DataLoader, TensorDataset
 from turns import Turns
-
-from fl_app.types import Role, stream_seed
+from workloads import WORKLOADS, Workload
 
 
 class TimedFedAvg(FedAvg):
@@ -53,40 +53,40 @@ class TimedFedAvg(FedAvg):
         return result
 
 
-def server_app(task: RandomImages, rounds: int, turns: Turns) -> ServerApp:
+def server_app(workload: Workload, rounds: int, turns: Turns) -> ServerApp:
     """Return the ServerApp."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        while len(list(grid.get_node_ids())) < CLIENTS:
+        while len(list(grid.get_node_ids())) < workload.clients:
             time.sleep(0.1)
-        torch.manual_seed(stream_seed(SEED, Role.MODEL))
-        network = task.build_model()
-        strategy = TimedFedAvg(turns, fraction_train=FRACTION, fraction_evaluate=0.0)
+        seed_model()
+        network = workload.model()
+        fraction = workload.cohort / workload.clients
+        strategy = TimedFedAvg(turns, fraction_train=fraction, fraction_evaluate=0.0)
         turns.report(ready=True)
         strategy.start(
             grid=grid,
             initial_arrays=ArrayRecord(network.state_dict()),
-            train_config=ConfigRecord({"lr": LR}),
+            train_config=ConfigRecord({"lr": workload.lr}),
             num_rounds=rounds,
         )
 
     return app
 
 
-def client_app(task: RandomImages) -> ClientApp:
+def client_app(workload: Workload) -> ClientApp:
     """Return the ClientApp."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
-        network = task.build_model()
+        network = workload.model()
         network.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        records = task.generate(str(context.node_config["partition-id"]), SEED).train
-        dataset = TensorDataset(records.inputs, records.targets)
-        loader = DataLoader(dataset, batch_size=BATCH, shuffle=True)
+        dataset = TensorDataset(*workload.records_of(str(context.node_config["partition-id"])))
+        loader = DataLoader(dataset, batch_size=workload.batch, shuffle=True)
         criterion = torch.nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(network.parameters(), lr=message.content["config"]["lr"])
         network.train()
@@ -104,21 +104,20 @@ def client_app(task: RandomImages) -> ClientApp:
     return app
 
 
-def main(model: str, rounds: int, cpus_per_client: int | None) -> None:
+def main(workload: Workload, rounds: int, cpus_per_client: int | None) -> None:
     """Play rounds.
 
     Args:
-        model: Import path of the model's recipe.
+        workload: What is trained.
         rounds: Rounds to play.
         cpus_per_client: Cores that each Ray actor claims, or None to leave all settings of the
             backend as they come (two cores, so one actor on a machine of two).
     """
     torch.set_num_threads(1)
-    task = RandomImages(model=instantiate({"_target_": model}))
     run_simulation(
-        server_app=server_app(task, rounds, Turns()),
-        client_app=client_app(task),
-        num_supernodes=CLIENTS,
+        server_app=server_app(workload, rounds, Turns()),
+        client_app=client_app(workload),
+        num_supernodes=workload.clients,
         backend_config=cpus_per_client
         and {
             "init_args": {"num_cpus": 2, "log_to_driver": False},
@@ -128,4 +127,4 @@ def main(model: str, rounds: int, cpus_per_client: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None)
+    main(WORKLOADS[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3]) or None)

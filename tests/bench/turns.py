@@ -58,7 +58,8 @@ class TakeTurns:
         """Report the round that has just ended, and wait for the next turn."""
         seconds = time.perf_counter() - self._began
         clients = report.num_updates
-        self._turns.report(round=report.round, seconds=seconds, clients=clients)
+        cohort = list(report.cohort)
+        self._turns.report(round=report.round, seconds=seconds, clients=clients, cohort=cohort)
         self._turns.wait()
         self._began = time.perf_counter()
 
