@@ -26,31 +26,43 @@ MEMORY_AT = (0.25, 0.5, 0.75, 1.0)
 class Plan:
     """How many rounds are played.
 
+    A contender plays a few rounds in a row, of which the first is not timed: while others played
+    they had the caches, and rounds of a real run follow each other.
+
     Attributes:
-        rounds: Timed, of each contender.
+        rounds: Timed, of each contender, at least.
         warm_up: Untimed, before them.
+        in_a_row: Rounds of a turn, >= 2.
         quick: Play no more of them, whatever a row asks for.
     """
 
     rounds: int
     warm_up: int
+    in_a_row: int
     quick: bool = False
 
-    def timed(self, row: Row) -> int:
-        """Return how many rounds of a row are timed."""
-        # A tenth more: cohorts of different rounds overlap.
-        asked = math.ceil(1.1 * row.distinct_clients / row.workload.cohort)
-        return self.rounds if self.quick else max(self.rounds, asked)
+    def turns(self, row: Row) -> list[int]:
+        """Return how many rounds are played in each turn of a row, first of all the warm-up."""
+        turns = math.ceil(self.rounds / (self.in_a_row - 1))
+        if not self.quick:
+            # A tenth more: cohorts of different rounds overlap.
+            needed = math.ceil(1.1 * row.distinct_clients / row.workload.cohort)
+            turns = max(turns, math.ceil(needed / self.in_a_row))
+        return [self.warm_up, *[self.in_a_row] * turns]
+
+    def timed(self, values: Sequence[float]) -> list[float]:
+        """Return those of the values of all rounds that are of timed ones."""
+        return [v for k, v in enumerate(values[self.warm_up :]) if k % self.in_a_row]
 
 
 def measure(row: Row, plan: Plan, folder: Path, pfl_python: Path | None) -> dict[str, Any]:
     """Have all contenders of a row play in turn; return its figures, and what went wrong."""
-    timed = plan.timed(row)
-    stage = Stage(folder=folder, rounds=plan.warm_up + timed, pfl_python=pfl_python)
+    turns = plan.turns(row)
+    stage = Stage(folder=folder, rounds=sum(turns), pfl_python=pfl_python)
     made = [make(stage) for make in row.contenders]
     contenders = [contender for contender in made if contender is not None]
     load_before = os.getloadavg()
-    faults = _play(row, contenders, stage.rounds)
+    faults = _play(row, contenders, turns)
     load_after = os.getloadavg()
     faults += _wrong_ways(contenders)
     differences = _differences(contenders, folder) if row.same_model else {}
@@ -60,16 +72,16 @@ def measure(row: Row, plan: Plan, folder: Path, pfl_python: Path | None) -> dict
         for name, difference in differences.items()
         if not difference <= LARGEST_DIFFERENCE
     ]
-    costs = {c.name: _costs(row, c)[plan.warm_up :] for c in contenders}
+    costs = {c.name: plan.timed(_costs(row, c)) for c in contenders}
     medians = {name: statistics.median(values) for name, values in costs.items() if values}
     return {
         "key": row.key,
         "title": row.title,
-        "timed_rounds": timed,
-        "warm_up_rounds": plan.warm_up,
+        "turns": turns,
+        "timed_rounds": len(plan.timed(range(stage.rounds))),
         "per_record": row.per_record,
         "reference": row.reference,
-        "contenders": [_figures(row, c, plan.warm_up, medians) for c in contenders],
+        "contenders": [_figures(row, c, plan, medians) for c in contenders],
         "needs": [_verdict(need, medians) for need in row.needs],
         "same_model": differences,
         "shows_memory": row.distinct_clients > 0,
@@ -79,22 +91,22 @@ def measure(row: Row, plan: Plan, folder: Path, pfl_python: Path | None) -> dict
     }
 
 
-def _play(row: Row, contenders: Sequence[Contender], rounds: int) -> list[str]:
+def _play(row: Row, contenders: Sequence[Contender], turns: Sequence[int]) -> list[str]:
     """Have contenders play; return what was wrong with those that had to leave."""
     equal = row.workload.sizes[0] == row.workload.sizes[1] and not row.per_record
     steps = row.workload.cohort * row.workload.steps_of("0") if equal else None
-    reads = {math.ceil(share * rounds) for share in MEMORY_AT}
+    reads = {math.ceil(share * sum(turns)) for share in MEMORY_AT}
     playing, faults = list(contenders), []
     try:
-        for number in range(rounds + 1):
+        for number, rounds in enumerate([0, *turns]):
             for contender in list(playing):
                 try:
                     if number == 0:
                         contender.start()
-                        continue
-                    contender.play(clients=row.workload.cohort, steps=steps)
-                    if number in reads:
-                        contender.read_memory()
+                    for _ in range(rounds):
+                        contender.play(clients=row.workload.cohort, steps=steps)
+                        if len(contender.rounds_s) in reads:
+                            contender.read_memory()
                 except ContenderError as error:
                     faults.append(str(error))
                     playing.remove(contender)
@@ -152,9 +164,9 @@ def _records(contender: Contender) -> list[int]:
 
 
 def _figures(
-    row: Row, contender: Contender, warm_up: int, medians: dict[str, float]
+    row: Row, contender: Contender, plan: Plan, medians: dict[str, float]
 ) -> dict[str, Any]:
-    timed = contender.rounds_s[warm_up:]
+    timed = plan.timed(contender.rounds_s)
     median, reference = medians.get(contender.name), medians.get(row.reference)
     return {
         "name": contender.name,

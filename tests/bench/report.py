@@ -53,8 +53,8 @@ def _needed(measured: dict[str, Any], name: str) -> tuple[str, str]:
 def _notes(measured: dict[str, Any]) -> list[str]:
     load = measured["load_before"][0]
     notes = [
-        f"{measured['timed_rounds']} rounds of each in turn after {measured['warm_up_rounds']} of "
-        f"warm-up; load before: {load:.1f}"
+        f"{measured['timed_rounds']} timed rounds of each; in turn, {measured['turns'][-1]} in a "
+        f"row, the first untimed; {measured['turns'][0]} of warm-up; load before: {load:.1f}"
     ]
     for need in measured["needs"]:
         bound, sign = (
