@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,8 +55,10 @@ class PrivacyRandomness(Protocol):
         """Return Gaussian noise of mean 0: shape, type and device of ``like``."""
         ...
 
-    def coins(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Return ``count`` independent coins, each True with probability ``heads``."""
+    def coins(
+        self, count: int, *, heads: float | _Doubles
+    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Return ``count`` independent coins, each True with probability ``heads`` or its own."""
         ...
 
     def positions(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -113,13 +116,24 @@ class KeyedRandomness:
     parts of one draw of as many. (Bits of normals rest on the machine's log, sine and cosine.)
 
     Args:
-        key: 128 bits.
+        key: 128 bits; None to have them drawn by the operating system with the first draw.
     """
 
-    def __init__(self, key: int) -> None:
-        self._for_normals = _KeyStream(key, first=_FIRST_OF_NORMALS)
-        self._for_coins = _KeyStream(key, first=_FIRST_OF_COINS)
+    def __init__(self, key: int | None = None) -> None:
+        self._given = key
         self._waiting: _Doubles = np.empty(0)
+
+    @cached_property
+    def _key(self) -> int:
+        return secrets.randbits(_KEY_BITS) if self._given is None else self._given
+
+    @cached_property
+    def _for_normals(self) -> _KeyStream:
+        return _KeyStream(self._key, first=_FIRST_OF_NORMALS)
+
+    @cached_property
+    def _for_coins(self) -> _KeyStream:
+        return _KeyStream(self._key, first=_FIRST_OF_COINS)
 
     def normals(self, count: int) -> Tensor:
         """Return the next ``count`` of independent standard normals, float64, ``(count,)``.
@@ -168,9 +182,11 @@ class KeyedRandomness:
         words >>= 64 - 53
         return words
 
-    def coins(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Return ``count`` independent coins, each True with probability ``heads``."""
-        return self._fractions(count) < math.ceil(heads * 2**53)
+    def coins(
+        self, count: int, *, heads: float | _Doubles
+    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Return ``count`` independent coins, each True with probability ``heads`` or its own."""
+        return self._fractions(count) < np.ceil(np.asarray(heads) * 2.0**53).astype(np.uint64)
 
     def positions(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return where heads lie among ``count`` coins, ascending; for ``heads`` in (0, 1].
@@ -196,8 +212,8 @@ class KeyedRandomness:
 
 
 def secret_randomness() -> PrivacyRandomness:
-    """Return randomness that nobody can repeat: its key is drawn here and told to nobody."""
-    return KeyedRandomness(secrets.randbits(_KEY_BITS))
+    """Return randomness that nobody can repeat: its key is drawn by itself and told to nobody."""
+    return KeyedRandomness()
 
 
 def reproducible_randomness_for_tests(seed: int, use: str) -> PrivacyRandomness:

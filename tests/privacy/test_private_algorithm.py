@@ -19,7 +19,8 @@ from rich.console import Console
 from fl_app import codec
 from fl_app.aggregation import WeightedMean
 from fl_app.algorithm import Algorithm, Composition, ServerState
-from fl_app.engines.local import LocalDirectory, adopt_identity
+from fl_app.engines.local import adopt_identity
+from fl_app.engines.local_grid import LocalDirectory
 from fl_app.flower_strategy import FlowerAlgorithm
 from fl_app.objective import OwnLoss
 from fl_app.privacy.accounting import RdpAccountant
