@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,12 @@ from fl_app.types import ConfigError
 
 
 class LocalObjective(Protocol):
-    """A term that is added to every client's loss."""
+    """A term that is added to every client's loss.
+
+    One whose gradient at each weight depends on that weight alone may say so by an
+    ``is_elementwise = True``. It is then called for many clients at once as well, with local
+    parameters ``(clients, *shape)`` beside received ones ``(*shape)``.
+    """
 
     def add_gradient(self, local: Sequence[Tensor], received: Sequence[Tensor]) -> None:
         """Add the term's gradient to ``tensor.grad`` of each local parameter, in place.
@@ -31,9 +36,16 @@ class LocalObjective(Protocol):
         ...
 
 
+def is_elementwise(objective: LocalObjective) -> bool:
+    """Return whether an objective says so; see `LocalObjective`."""
+    return bool(getattr(objective, "is_elementwise", False))
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnLoss:
     """No further term: a client minimises its own loss (FedAvg)."""
+
+    is_elementwise: ClassVar[bool] = True
 
     def add_gradient(self, local: Sequence[Tensor], received: Sequence[Tensor]) -> None:
         """Leave the gradients as they are."""
@@ -46,6 +58,8 @@ class Proximal:
     The norm is squared, as in the paper, and its gradient is ``mu (w - w_t)``. (Flower's FedProx
     page states the squared norm too, but the code it shows beside it does not square.)
     """
+
+    is_elementwise: ClassVar[bool] = True
 
     mu: float = 0.01
 

@@ -7,7 +7,7 @@ the start of every call, so a thousand clients can share one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +32,6 @@ from fl_app.types import (
     FlAppError,
     Params,
     Role,
-    stream,
     stream_seed,
 )
 
@@ -99,7 +98,11 @@ class Randomness:
 
     def batches(self) -> torch.Generator:
         """Return the generator of the order of records."""
-        return stream(self.seed, Role.BATCHES, round=self.round, client=self.client)
+        return torch.Generator().manual_seed(self.batches_seed())
+
+    def batches_seed(self) -> int:
+        """Return the seed of that generator."""
+        return stream_seed(self.seed, Role.BATCHES, round=self.round, client=self.client)
 
     def layers(self) -> int:
         """Return the seed of what the layers draw, such as dropout masks."""
@@ -306,3 +309,36 @@ def evaluate_quickly(model: nn.Module, task: Task, examples: Examples) -> Evalua
     if outputs.ndim == 2 and not examples.targets.is_floating_point():
         metrics["accuracy"] = accuracy(outputs, examples.targets)
     return Evaluation(num_examples=len(examples), metrics=metrics)
+
+
+def evaluate_each(
+    model: nn.Module, task: Task, parts: Sequence[Examples], *, params: Params
+) -> list[Evaluation]:
+    """Return what `evaluate_quickly` gives for one model on each of several sets of records.
+
+    The model is run on all of them together.
+
+    Args:
+        model: Scratch module, overwritten.
+        task: Gives the loss.
+        parts: Sets of at least one record each.
+        params: The model to measure.
+    """
+    write_params(model, params)
+    together = Examples(
+        inputs=torch.cat([part.inputs for part in parts]),
+        targets=torch.cat([part.targets for part in parts]),
+    )
+    outputs, losses = _outputs_and_losses(model, task, together)
+    counts = [len(part) for part in parts]
+    figures = {"loss": losses.double()}
+    if outputs.ndim == 2 and not together.targets.is_floating_point():
+        figures["accuracy"] = (outputs.argmax(dim=1) == together.targets).double()
+    means = {
+        name: [part.mean().item() for part in torch.split(values, counts)]
+        for name, values in figures.items()
+    }
+    return [
+        Evaluation(num_examples=count, metrics={name: means[name][k] for name in means})
+        for k, count in enumerate(counts)
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fl_app.params import describe_misfit, l2_norm
+from fl_app.params import describe_misfit, is_shorter, l2_norm
 from fl_app.types import ClientUpdate, ConfigError, Params
 
 
@@ -48,13 +48,11 @@ class UpdateChecks:
                 f"test-num-examples={update.evaluation.num_examples} is above "
                 f"checks.max_num_examples={self.max_num_examples}"
             )
-        misfit = describe_misfit(update.delta, model)
+        misfit = describe_misfit(update.delta, model, same_types=True)
         if misfit:
             return f"update does not fit the model: {misfit}"
-        for name, tensor in model.items():
-            if update.delta[name].dtype != tensor.dtype:
-                dtype = update.delta[name].dtype
-                return f"update does not fit the model: {name} is {dtype}, not {tensor.dtype}"
+        if is_shorter(update.delta, self.max_norm):
+            return None
         norm = l2_norm(update.delta)
         if not math.isfinite(norm):
             return "update holds NaN or infinite values"

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fl_app.config import compose_config
 from fl_app.engines.local import LocalEngine
 
@@ -51,6 +53,17 @@ def rounds_of(run_dir: Path) -> list[dict[str, Any]]:
     for entry in rounds:
         del entry["seconds"]
     return rounds
+
+
+def alike(first: Any, second: Any) -> bool:
+    """Return whether two trees of figures are the same, to rounding."""
+    if isinstance(second, dict):
+        return first.keys() == second.keys() and all(alike(first[k], second[k]) for k in second)
+    if isinstance(second, list):
+        return len(first) == len(second) and all(map(alike, first, second))
+    if isinstance(second, float) and not isinstance(first, str | None):
+        return first == pytest.approx(second, rel=1e-3, abs=1e-5)
+    return bool(first == second)
 
 
 def fl_app(
