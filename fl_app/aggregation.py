@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fl_app.params import describe_misfit, l2_norm
+from fl_app.params import StackedParams, StackedRow, describe_misfit, l2_norm
 from fl_app.types import ClientUpdate, ConfigError, FlAppError, Params
 
 
@@ -123,9 +123,36 @@ class WeightedMean:
         """Return the weighted mean of the deltas."""
         weights = [u.num_examples if self.weighting == Weighting.EXAMPLES else 1 for u in updates]
         total = sum(weights)
+        stacked = _stacked_sum(updates, [weight / total for weight in weights])
+        if stacked is not None:
+            return stacked
         names = list(updates[0].delta)
         mean = [torch.zeros_like(updates[0].delta[name]) for name in names]
         for update, weight in zip(updates, weights, strict=True):
             deltas = [update.delta[name] for name in names]
             torch._foreach_add_(mean, deltas, alpha=weight / total)
         return dict(zip(names, mean, strict=True))
+
+
+def _stacked_sum(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> Params | None:
+    """Return the weighted sum of deltas that are rows of stacks; None if some are not."""
+    by_stack: dict[int, tuple[StackedParams, list[int], list[float]]] = {}
+    for update, weight in zip(updates, weights, strict=True):
+        row = update.delta
+        if not isinstance(row, StackedRow):
+            return None
+        _, rows, factors = by_stack.setdefault(id(row.stack), (row.stack, [], []))
+        rows.append(row.number)
+        factors.append(weight)
+    total: dict[str, Tensor] = {}
+    for stack, rows, factors in by_stack.values():
+        exact = torch.tensor(factors, dtype=torch.float64)
+        order = list(range(len(stack)))
+        if sorted(rows) == order:  # all of them: a gather less
+            exact, rows = exact[torch.tensor(rows).argsort()], order
+        for name, tensor in stack.tensors.items():
+            # Not by a weight of zero: a row that was rejected may hold NaN.
+            chosen = tensor if rows == order else tensor[rows]
+            summed = (exact.to(tensor) @ chosen.reshape(len(rows), -1)).view(tensor.shape[1:])
+            total[name] = total[name].add_(summed) if name in total else summed
+    return total

@@ -11,16 +11,18 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from fl_app.attacks import Counts
 from fl_app.client_state import ClientStateStore
+from fl_app.cohort import Assignment
 from fl_app.objective import LocalObjective
-from fl_app.params import write_params
+from fl_app.params import num_bytes, write_params
 from fl_app.privacy.base import Admission, PolicyError, Privacy, Request
-from fl_app.privacy.randomness import PrivacyRandomness, randomness_from
+from fl_app.privacy.randomness import PrivacyRandomness, Source, randomness_from
 from fl_app.privacy.release import CLASSES, may_tell
 from fl_app.private_training import train_privately
 from fl_app.site import Site
@@ -30,6 +32,7 @@ from fl_app.training import (
     Randomness,
     TrainedModel,
     evaluate,
+    evaluate_each,
     evaluate_quickly,
     train_locally,
 )
@@ -40,9 +43,11 @@ from fl_app.types import (
     ClientUpdate,
     ConfigError,
     Evaluation,
+    Examples,
     FederatedData,
     FlAppError,
     Params,
+    PrivacyUnit,
     Role,
     TrainInstruction,
     client_order,
@@ -54,6 +59,21 @@ _OPTIMIZER = "optimizer"
 
 class SimulatedFailureError(FlAppError):
     """A client failed because ``client.failure_fraction`` says that some do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What came of one client's training.
+
+    Attributes:
+        count: Its training records.
+        model: What training made of the received model.
+        evaluation: The received model on its own held-out part, if it has one and may tell.
+    """
+
+    count: int
+    model: TrainedModel
+    evaluation: Evaluation | None
 
 
 class ClientRuntime:
@@ -142,31 +162,142 @@ class ClientRuntime:
             ClientTimeoutError: The deadline passed.
             SimulatedFailureError: The configured failures hit this client and round.
         """
-        patience = instruction.deadline_s
-        deadline = None if patience is None else time.monotonic() + patience
-        self._maybe_fail(client, instruction.round)
         if admission is None:
+            self.maybe_fail(client, instruction.round)  # before it pays
             [answer] = self.admit([client], instruction)
             if isinstance(answer, FlAppError):
                 raise answer
             admission = answer
+        done = self.train_admitted(client, instruction)
+        return self.report(client, instruction, done.count, done.model, done.evaluation, admission)
+
+    def train_admitted(self, client: ClientId, instruction: TrainInstruction) -> Trained:
+        """Measure and train for a client whose round is paid for. Raises as `train`."""
+        patience = instruction.deadline_s
+        deadline = None if patience is None else time.monotonic() + patience
+        self.maybe_fail(client, instruction.round)
         examples = self._data.examples_of(client)
         evaluation = None
-        if examples.test is not None and "evaluation" in self._told:
+        if examples.test is not None and self.measures():
             write_params(self._model, instruction.params)
             evaluation = evaluate_quickly(self._model, self._task, examples.test)
-        attack, hostile = self._training.attack, client in self._hostile
-        trained = self._train(
+        model = self.train_alone(
             client,
             instruction,
-            attack.poison(examples, self._num_classes()) if hostile else examples,
-            optimizer_state=self._remembered_optimizer(client, instruction),
+            self.poisoned(client, examples),
+            optimizer_state=self.remembered_optimizer(client, instruction),
             deadline=deadline,
         )
+        return Trained(count=len(examples.train), model=model, evaluation=evaluation)
+
+    def maybe_fail(self, client: ClientId, round: int) -> None:
+        """Raise if the configured failures hit this client and round.
+
+        Raises:
+            SimulatedFailureError: They do.
+        """
+        fraction = self._training.failure_fraction
+        if fraction == 0:
+            return
+        seed = stream_seed(self._seed, Role.FAULTS, round=round, client=client)
+        if random.Random(seed).random() < fraction:
+            raise SimulatedFailureError(f"client.failure_fraction={fraction} hit this round.")
+
+    def remembered_optimizer(
+        self, client: ClientId, instruction: TrainInstruction
+    ) -> dict[str, object] | None:
+        """Return what a client's optimizer remembers of earlier rounds, or None."""
+        if not self._training.keep_optimizer_state:
+            return None
+        states = self.states.of_run(instruction.run)
+        state = states.get(client, before_round=instruction.round)
+        return None if state is None else dict(state[_OPTIMIZER])
+
+    def is_private(self) -> bool:
+        """Return whether training has to be paid for."""
+        return self._privacy.unit is not PrivacyUnit.NONE
+
+    def measures(self) -> bool:
+        """Return whether clients tell how the received model does on their own held-out parts."""
+        return "evaluation" in self._told
+
+    def measure(self, parts: Sequence[Examples], params: Params) -> list[Evaluation]:
+        """Return how a model does on each of several clients' held-out parts."""
+        return evaluate_each(self._model, self._task, parts, params=params)
+
+    def assignment(
+        self, client: ClientId, instruction: TrainInstruction, examples: ClientExamples
+    ) -> Assignment:
+        """Return what `fl_app.cohort` is to do for a client; as `train_alone` does it.
+
+        Private draws come from a secret of the client's own only where they are to be repeated.
+        """
+        training, round = self._training, instruction.round
+        count = len(examples.train)
+        plan = self._privacy.steps(count, batch_size=training.batch_size, epochs=training.epochs)
+        own_secret = plan is not None and self._privacy.randomness != Source.SECRET
+        return Assignment(
+            examples=examples.train,
+            count=count,
+            randomness=Randomness(seed=self._seed, round=round, client=client),
+            plan=plan,
+            secret=self._randomness(client, round, "training") if own_secret else None,
+            optimizer_state=self.remembered_optimizer(client, instruction),
+        )
+
+    def poisoned(self, client: ClientId, examples: ClientExamples) -> ClientExamples:
+        """Return a client's examples, as a hostile one would have them."""
+        if client not in self._hostile:
+            return examples
+        return self._training.attack.poison(examples, self._num_classes())
+
+    def train_alone(
+        self,
+        client: ClientId,
+        instruction: TrainInstruction,
+        examples: ClientExamples,
+        *,
+        optimizer_state: Mapping[str, object] | None = None,
+        deadline: float | None = None,
+    ) -> TrainedModel:
+        """Return what training makes of the received model, on these examples."""
+        training, round = self._training, instruction.round
+        plan = self._privacy.steps(
+            len(examples.train), batch_size=training.batch_size, epochs=training.epochs
+        )
+        train = (
+            train_locally
+            if plan is None
+            else partial(
+                train_privately, plan=plan, secret=self._randomness(client, round, "training")
+            )
+        )
+        return train(
+            self._model,
+            self._task,
+            examples,
+            training,
+            self._objective,
+            instruction.params,
+            Randomness(seed=self._seed, round=round, client=client),
+            optimizer_state=optimizer_state,
+            deadline=deadline,
+        )
+
+    def report(
+        self,
+        client: ClientId,
+        instruction: TrainInstruction,
+        count: int,
+        trained: TrainedModel,
+        evaluation: Evaluation | None,
+        admission: Admission,
+    ) -> ClientUpdate:
+        """Return what a client with ``count`` records sends; keep what it is to remember."""
         delta = trained.delta
-        if hostile:
+        if client in self._hostile:
             counts = Counts(clients=len(self._data.clients), hostile=len(self._hostile))
-            delta = attack.forge(delta, partial(self._honest, instruction), counts)
+            delta = self._training.attack.forge(delta, partial(self._honest, instruction), counts)
         delta, figures = self._privacy.protect(
             delta,
             max_norm=instruction.max_norm,
@@ -179,9 +310,11 @@ class ClientRuntime:
             client=client,
             round=instruction.round,
             delta=delta,
-            num_examples=len(examples.train) if "num_examples" in self._told else 1,
+            num_examples=count if "num_examples" in self._told else 1,
             metrics={**(trained.metrics if "metrics" in self._told else {}), **figures},
             evaluation=evaluation,
+            num_bytes=num_bytes(delta),
+            num_bytes_uncompressed=num_bytes(delta),
             budget=admission.budget if self._site.tells_budget() else None,
         )
 
@@ -192,7 +325,7 @@ class ClientRuntime:
             PolicyError: It may not be told.
             ConfigError: The client has no held-out part.
         """
-        if "evaluation" not in self._told:
+        if not self.measures():
             raise PolicyError("measurements on this client's own records are withheld.")
         test = self._data.examples_of(client).test
         if test is None:
@@ -235,38 +368,6 @@ class ClientRuntime:
             self._privacy.randomness, seed=self._seed, use=f"{client}/{round}/{use}"
         )
 
-    def _train(
-        self,
-        client: ClientId,
-        instruction: TrainInstruction,
-        examples: ClientExamples,
-        *,
-        optimizer_state: Mapping[str, object] | None = None,
-        deadline: float | None = None,
-    ) -> TrainedModel:
-        training, round = self._training, instruction.round
-        plan = self._privacy.steps(
-            len(examples.train), batch_size=training.batch_size, epochs=training.epochs
-        )
-        train = (
-            train_locally
-            if plan is None
-            else partial(
-                train_privately, plan=plan, secret=self._randomness(client, round, "training")
-            )
-        )
-        return train(
-            self._model,
-            self._task,
-            examples,
-            training,
-            self._objective,
-            instruction.params,
-            Randomness(seed=self._seed, round=round, client=client),
-            optimizer_state=optimizer_state,
-            deadline=deadline,
-        )
-
     def _honest(self, instruction: TrainInstruction, count: int) -> Sequence[Params]:
         """Return what that many hostile clients would send this round, had they been honest.
 
@@ -276,7 +377,7 @@ class ClientRuntime:
         if self._conspiracy is None or self._conspiracy[0] is not instruction.params:
             first = sorted(self._hostile, key=client_order)[:count]
             deltas = [
-                self._train(client, instruction, self._data.examples_of(client)).delta
+                self.train_alone(client, instruction, self._data.examples_of(client)).delta
                 for client in first
             ]
             self._conspiracy = (instruction.params, deltas)
@@ -288,20 +389,3 @@ class ClientRuntime:
         self._model.eval()
         with torch.no_grad():
             return int(self._model(probe)[0].numel())
-
-    def _remembered_optimizer(
-        self, client: ClientId, instruction: TrainInstruction
-    ) -> dict[str, object] | None:
-        if not self._training.keep_optimizer_state:
-            return None
-        states = self.states.of_run(instruction.run)
-        state = states.get(client, before_round=instruction.round)
-        return None if state is None else dict(state[_OPTIMIZER])
-
-    def _maybe_fail(self, client: ClientId, round: int) -> None:
-        fraction = self._training.failure_fraction
-        if fraction == 0:
-            return
-        seed = stream_seed(self._seed, Role.FAULTS, round=round, client=client)
-        if random.Random(seed).random() < fraction:
-            raise SimulatedFailureError(f"client.failure_fraction={fraction} hit this round.")

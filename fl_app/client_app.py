@@ -143,7 +143,7 @@ def admit(
         For each instruction the error reply of a client that declines, or what to add to the node
         config of one that is admitted.
     """
-    runtime = _local_runtime(run_config)
+    runtime = local_runtime(run_config)
     answers = runtime.admit(clients, codec.decode_instruction(messages[0]))
     return [
         codec.error_reply(message, answer)
@@ -192,7 +192,7 @@ def _is_in_process(context: Context) -> bool:
     return bool(context.node_config.get("in-process", 0))
 
 
-def _local_runtime(run_config: UserConfig) -> ClientRuntime:
+def local_runtime(run_config: UserConfig) -> ClientRuntime:
     """Return what serves the clients of this process for the engine that drives them."""
     return _runtime_for(
         str(run_config.get("config-json") or ""),
@@ -206,7 +206,7 @@ def _local_runtime(run_config: UserConfig) -> ClientRuntime:
 
 def local_states(run_config: UserConfig) -> MemoryClientState:
     """Return what the clients of this process remember, for the engine that drives them."""
-    states = _local_runtime(run_config).states
+    states = local_runtime(run_config).states
     if not isinstance(states, MemoryClientState):
         raise TypeError(f"Clients of this process remember in a {type(states).__name__}.")
     return states

@@ -130,8 +130,17 @@ def failure_of(reply: Message) -> tuple[FailureKind, str] | None:
     """Return why a reply carries no content, in one line, or None if it carries some."""
     if not reply.has_error():
         return None
-    lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
-    return _FAILURE_KINDS.get(reply.error.code, FailureKind.ERROR), lines[-1][:500]
+    return _failure(reply.error.code, reply.error.reason or "")
+
+
+def failure_from(error: Exception) -> tuple[FailureKind, str]:
+    """Return what `failure_of` says of the reply that a client gives on an error."""
+    return _failure(*_code_and_reason(error))
+
+
+def _failure(code: int, reason: str) -> tuple[FailureKind, str]:
+    lines = reason.strip().splitlines() or ["no reason given"]
+    return _FAILURE_KINDS.get(code, FailureKind.ERROR), lines[-1][:500]
 
 
 def decode_update(reply: Message, client: ClientId) -> ClientUpdate:
@@ -292,8 +301,20 @@ def decode_model(instruction: Message) -> Params:
 
     In process all clients of a round get the very same record, which is decoded once.
     """
+    return _decode_model_content(instruction.content)
+
+
+def encode_model(params: Params) -> ArrayRecord:
+    """Return a global model as Flower's arrays; decoding these in this process costs nothing."""
     global _last_model
-    arrays = cast(ArrayRecord, instruction.content[_ARRAYS])
+    arrays = encode_params(params)
+    _last_model = (arrays, params)
+    return arrays
+
+
+def _decode_model_content(content: RecordDict) -> Params:
+    global _last_model
+    arrays = cast(ArrayRecord, content[_ARRAYS])
     if _last_model is None or _last_model[0] is not arrays:
         _last_model = (arrays, decode_params(arrays))
     return _last_model[1]
@@ -301,13 +322,20 @@ def decode_model(instruction: Message) -> Params:
 
 def decode_instruction(instruction: Message) -> TrainInstruction:
     """Return what the server asks of a client."""
-    config = cast(ConfigRecord, instruction.content[_CONFIG])
-    metadata, max_norm = instruction.metadata, config.get(_MAX_NORM)
+    metadata = instruction.metadata
+    patience = metadata.created_at + metadata.ttl - time.time()
+    return decode_content(instruction.content, deadline_s=patience)
+
+
+def decode_content(content: RecordDict, *, deadline_s: float | None) -> TrainInstruction:
+    """Return what a training instruction says, to whomever it is sent."""
+    config = cast(ConfigRecord, content[_CONFIG])
+    max_norm = config.get(_MAX_NORM)
     return TrainInstruction(
         round=cast(int, config[_ROUND]),
-        params=decode_model(instruction),
+        params=_decode_model_content(content),
         run=str(config.get(_RUN, ""))[:_LONGEST_NAME],
-        deadline_s=metadata.created_at + metadata.ttl - time.time(),
+        deadline_s=deadline_s,
         max_norm=max_norm if isinstance(max_norm, float) and 0 < max_norm < math.inf else None,
         run_dir=str(config[_RUN_DIR]) if _RUN_DIR in config else None,
     )
@@ -344,9 +372,13 @@ def description_reply(instruction: Message, told: ClientDescription) -> Message:
 
 def error_reply(instruction: Message, error: BaseException) -> Message:
     """Return the reply of a client that failed; as Flower's own runtimes give it."""
-    reason = f"{type(error).__name__}: {error}"
-    code: int = _CODES.get(type(error).__name__, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+    code, reason = _code_and_reason(error)
     return Message(Error(code=code, reason=reason), reply_to=instruction)
+
+
+def _code_and_reason(error: BaseException) -> tuple[int, str]:
+    name = type(error).__name__
+    return _CODES.get(name, ErrorCode.CLIENT_APP_RAISED_EXCEPTION), f"{name}: {error}"
 
 
 def _encode_budget(budget: Budget) -> ConfigRecord:

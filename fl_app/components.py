@@ -205,7 +205,7 @@ def adopt_threads(config: Mapping[str, Any]) -> None:
 
     For the processes that Flower starts, where no engine of ours does it.
     """
-    torch.set_num_threads(config["engine"].get("threads", 1))
+    torch.set_num_threads(config["engine"].get("threads") or 1)
 
 
 def make_engine(config: Mapping[str, Any]) -> Any:

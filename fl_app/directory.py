@@ -15,7 +15,14 @@ from flwr.serverapp import Grid
 
 from fl_app.arrays import MalformedReplyError
 from fl_app.codec import decode_description, failure_of, query_messages
-from fl_app.types import ClientDescription, ClientId, client_order
+from fl_app.types import (
+    ClientDescription,
+    ClientId,
+    ClientUpdate,
+    Failure,
+    TrainInstruction,
+    client_order,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +46,28 @@ class KnowsClients(Protocol):
     @property
     def directory(self) -> Directory:
         """Its clients."""
+        ...
+
+
+class Cohort(Protocol):
+    """Clients that have been asked to train, and answer when they are waited for."""
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether they are trained all at once."""
+        ...
+
+    def train(self, count: int) -> Sequence[tuple[ClientId, ClientUpdate | Failure]]:
+        """Return the answers of the next ``count`` of them: an update, or why there is none."""
+        ...
+
+
+@runtime_checkable
+class TrainsCohorts(Protocol):
+    """A Grid that can have a cohort train together, without a message to each client."""
+
+    def cohort(self, clients: Sequence[ClientId], instruction: TrainInstruction) -> Cohort | None:
+        """Return the cohort, asked; None if its clients take messages."""
         ...
 
 

@@ -61,6 +61,8 @@ from fl_app.types import (
 
 log = logging.getLogger(__name__)
 
+_TRAINING = {True: "cohort", False: "one by one", None: None}
+
 
 def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float) -> Path:
     """Play a run, or the rest of one, and return the folder that holds what it leaves.
@@ -312,6 +314,7 @@ def _conclude(
             if isinstance(algorithm := run.strategy.algorithm, ClientLevelAlgorithm)
             else privacy_of(components.privacy, budgets)
         ),
+        training=_TRAINING[run.strategy.trained_together],
         stopped_by=reason,
         resumed_from_round=resumed_from,
     )

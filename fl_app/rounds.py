@@ -136,10 +136,15 @@ def _play_round(run: Run, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord
     """Play one round; return the global model after it, and what happened."""
     began = time.perf_counter()
     config = instruction_config(run.name, run.train_config, run_dir=run.told_run_dir)
-    instructions = run.strategy.configure_train(number, arrays, config, run.grid)
-    replies = exchange(run.grid, instructions, timeout_s=run.timeout_s)
-    changed, _ = run.strategy.aggregate_train(number, replies)
-    replies.close()
+    contents = run.strategy.ask(number, arrays, config)
+    cohort = run.strategy.cohort(contents, run.grid)
+    if cohort is not None:
+        changed, _ = run.strategy.aggregate_cohort(number, cohort)
+    else:
+        messages = run.strategy.messages(number, contents, run.grid)
+        replies = exchange(run.grid, messages, timeout_s=run.timeout_s)
+        changed, _ = run.strategy.aggregate_train(number, replies)
+        replies.close()
     metrics: Mapping[str, float] = {}
     if run.evaluate and (number % run.evaluate_every == 0 or number == run.rounds):
         metrics = run.evaluate(run.strategy.state.params).metrics

@@ -8,24 +8,26 @@ tracking, is `fl_app.rounds`; Flower's own ``Strategy.start`` drives it just as 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fl_app.algorithm import Algorithm, ServerState, Step, hides_clients
-from fl_app.arrays import MalformedReplyError, encode_params
+from fl_app.answers import Answers
+from fl_app.arrays import MalformedReplyError
 from fl_app.codec import (
+    decode_content,
+    encode_model,
     evaluate_messages,
-    failure_of,
     instruction,
     train_messages,
 )
 from fl_app.cohort_figures import accuracies, mean_metrics
-from fl_app.directory import Directory, KnowsClients
+from fl_app.directory import Cohort, Directory, KnowsClients, TrainsCohorts
 from fl_app.foreign import OurReplies, Replies
 from fl_app.params import num_bytes
 from fl_app.selection import Selector, Without, secret_sample_rate
@@ -77,6 +79,7 @@ class FederatedStrategy(Strategy):
     Attributes:
         state: Server state after the last round.
         report: What happened in the last round, or None before the first.
+        trained_together: Whether its cohort was trained side by side; None before the first.
     """
 
     def __init__(
@@ -95,15 +98,14 @@ class FederatedStrategy(Strategy):
         self.algorithm = algorithm
         self.state = ServerState(round=0, params=initial)
         self.report: RoundReport | None = None
+        self.trained_together: bool | None = None
         self._selector = selector
         self._checks = checks
         self._directory = directory
         self._trainable = trainable
         self._seed = seed
         self._wanted = self._expected = 0
-        # Who answered, and how, is then told to those alone who look for faults on this machine.
         self._hides = hides_clients(algorithm)
-        self._level = logging.DEBUG if self._hides else logging.WARNING
         self._secret_cohort = self._hides and secret_sample_rate(selector) is not None
         self._asked: dict[int, ClientId] = {}
         self._offline: list[Failure] = []
@@ -114,6 +116,61 @@ class FederatedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Draw the round's cohort and return its instructions, in the order of preference.
+
+        Raises:
+            EmptyCohortError: There is no client at all.
+            BudgetsSpentError: Too few of them have any privacy budget left.
+        """
+        return self.messages(server_round, self.ask(server_round, arrays, config), grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take the step that a round's replies call for; sets `state` and `report`.
+
+        Replies are consumed one by one and no further than needed: once the wanted number of good
+        updates is in, the rest of an over-selected cohort is not waited for.
+
+        Returns:
+            The new global model, or None if too few good updates came back and the old one stays;
+            and the cohort's mean metrics, or None if there are none.
+        """
+        answers = self._answers(server_round)
+        answers.take_replies(replies, self._replies)
+        self.trained_together = False
+        return self._conclude(server_round, answers)
+
+    def aggregate_cohort(
+        self, server_round: int, cohort: Cohort
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Do as `aggregate_train` does, with answers that come without messages."""
+        answers = self._answers(server_round)
+        answers.take_cohort(cohort)
+        self.trained_together = cohort.side_by_side
+        return self._conclude(server_round, answers)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return nothing: clients measure the received model while they train, in one reply."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return None: there is no separate evaluation."""
+        return None
+
+    def summary(self) -> None:
+        """Log what the strategy is composed of."""
+        log.info("Strategy %s: %s", self.algorithm.name, self.algorithm)
+
+    # Beyond it ------------------------------------------------------------------------------------
+
+    def ask(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> dict[int, RecordDict]:
+        """Draw the round's cohort; return what to tell each node, in the order of preference.
 
         Raises:
             EmptyCohortError: There is no client at all.
@@ -133,73 +190,28 @@ class FederatedStrategy(Strategy):
                 self.state, list(self._asked.values()), arrays, config, round=server_round
             )
         self._asked = {node: client for node, client in self._asked.items() if client in contents}
-        no_limit = FOREVER_S if isinstance(grid, KnowsClients) else NO_LIMIT_S
-        return train_messages(
-            {node: contents[client] for node, client in self._asked.items()},
-            round=server_round,
-            ttl=self._selector.round_timeout_s or no_limit,
-        )
+        return {node: contents[client] for node, client in self._asked.items()}
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Take the step that a round's replies call for; sets `state` and `report`.
-
-        Replies are consumed one by one and no further than needed: once the wanted number of good
-        updates is in, the rest of an over-selected cohort is not waited for.
-
-        Returns:
-            The new global model, or None if too few good updates came back and the old one stays;
-            and the cohort's mean metrics, or None if there are none.
-        """
-        updates, failures = self._collect(server_round, replies)
-        self._account(updates, failures)
-        step = self._step(updates, server_round)
-        metrics = {} if self._hides else mean_metrics(updates)
-        budgets = self.state.budgets.values()
-        worst = max(budgets, key=lambda budget: budget.epsilon_spent, default=None)
-        if step is not None:
-            metrics = {**step.metrics, **metrics}
-        report = RoundReport(
-            round=server_round,
-            cohort=self._cohort(),
-            num_updates=len(updates),
-            applied=step is not None,
-            failures=failures,
-            client_metrics=metrics,
-            client_accuracy=accuracies(updates),
-            epsilon=worst.epsilon_spent if worst else step.epsilon if step else None,
-            epsilon_budget=worst.epsilon if worst else None,
-            uplink_bytes=sum(u.num_bytes for u in updates),
-            downlink_bytes=len(self._asked) * num_bytes(self.state.params),
-            uplink_uncompressed_bytes=sum(u.num_bytes_uncompressed for u in updates),
-        )
-        self.report = self._withheld(report) if self._hides else report
-        self.state = replace(self.state, round=server_round)
-        if step is not None:
-            self.state = replace(self.state, params=step.params, memory=step.memory)
-        return (
-            encode_params(step.params) if step is not None else None,
-            MetricRecord(dict(metrics)) if metrics else None,
-        )
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    def messages(
+        self, server_round: int, contents: Mapping[int, RecordDict], grid: Grid
     ) -> list[Message]:
-        """Return nothing: clients measure the received model while they train, in one reply."""
-        return []
+        """Return the messages that tell nodes what `ask` gave for them."""
+        no_limit = FOREVER_S if isinstance(grid, KnowsClients) else NO_LIMIT_S
+        timeout = self._selector.round_timeout_s
+        return train_messages(contents, round=server_round, ttl=timeout or no_limit)
 
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Return None: there is no separate evaluation."""
-        return None
+    def cohort(self, contents: Mapping[int, RecordDict], grid: Grid) -> Cohort | None:
+        """Return the clients that `ask` chose, asked to train together; None if they cannot.
 
-    def summary(self) -> None:
-        """Log what the strategy is composed of."""
-        log.info("Strategy %s: %s", self.algorithm.name, self.algorithm)
-
-    # Beyond it ------------------------------------------------------------------------------------
+        They can where the Grid sees to it, all are told the same, and answers need no translation.
+        """
+        told = list(contents.values())
+        alike = all(content is told[0] for content in told)
+        ours = isinstance(self._replies, OurReplies)
+        if not (told and alike and ours and isinstance(grid, TrainsCohorts)):
+            return None
+        instruction = decode_content(told[0], deadline_s=self._selector.round_timeout_s)
+        return grid.cohort([self._asked[node] for node in contents], instruction)
 
     def evaluate_clients(
         self, grid: Grid, clients: Iterable[ClientId]
@@ -246,7 +258,54 @@ class FederatedStrategy(Strategy):
 
     def current_arrays(self) -> ArrayRecord:
         """Return the global model as Flower arrays."""
-        return encode_params(self.state.params)
+        return encode_model(self.state.params)
+
+    def _answers(self, server_round: int) -> Answers:
+        """Return what takes a round's answers."""
+        return Answers(
+            round=server_round,
+            asked=self._asked,
+            offline=self._offline,
+            wanted=self._wanted,
+            model=self.state.params,
+            checks=self._checks,
+            hidden=self._hides,
+        )
+
+    def _conclude(
+        self, server_round: int, answers: Answers
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take the step that a round's answers call for, and report the round."""
+        updates, failures = answers.updates(), answers.failures()
+        self._account(updates, failures)
+        step = self._step(updates, server_round)
+        metrics = {} if self._hides else mean_metrics(updates)
+        budgets = self.state.budgets.values()
+        worst = max(budgets, key=lambda budget: budget.epsilon_spent, default=None)
+        if step is not None:
+            metrics = {**step.metrics, **metrics}
+        report = RoundReport(
+            round=server_round,
+            cohort=self._cohort(),
+            num_updates=len(updates),
+            applied=step is not None,
+            failures=failures,
+            client_metrics=metrics,
+            client_accuracy=accuracies(updates),
+            epsilon=worst.epsilon_spent if worst else step.epsilon if step else None,
+            epsilon_budget=worst.epsilon if worst else None,
+            uplink_bytes=sum(u.num_bytes for u in updates),
+            downlink_bytes=len(self._asked) * num_bytes(self.state.params),
+            uplink_uncompressed_bytes=sum(u.num_bytes_uncompressed for u in updates),
+        )
+        self.report = self._withheld(report) if self._hides else report
+        self.state = replace(self.state, round=server_round)
+        if step is not None:
+            self.state = replace(self.state, params=step.params, memory=step.memory)
+        return (
+            encode_model(step.params) if step is not None else None,
+            MetricRecord(dict(metrics)) if metrics else None,
+        )
 
     def _step(self, updates: Sequence[ClientUpdate], round: int) -> Step | None:
         """Return the server's step, or None if there are too few updates for one."""
@@ -339,58 +398,3 @@ class FederatedStrategy(Strategy):
     def _cohort(self) -> tuple[ClientId, ...]:
         asked = [*self._asked.values(), *(failure.client for failure in self._offline)]
         return tuple(sorted(asked, key=client_order))
-
-    def _collect(
-        self, round: int, replies: Iterable[Message]
-    ) -> tuple[list[ClientUpdate], tuple[Failure, ...]]:
-        """Return the good updates, and what became of the other clients, in client order."""
-        updates: dict[ClientId, ClientUpdate] = {}
-        failures = {failure.client: failure for failure in self._offline}
-        for reply in replies:
-            client = self._asked.get(reply.metadata.src_node_id)
-            if client is None or client in updates or client in failures:
-                log.log(
-                    self._level,
-                    "Round %d: an unasked reply of node %d is ignored.",
-                    round,
-                    reply.metadata.src_node_id,
-                )
-                continue
-            result = self._accept(reply, client, round)
-            if isinstance(result, Failure):
-                failures[client] = result
-                log.log(
-                    self._level,
-                    "Round %d: client %s, %s: %s",
-                    *(round, client, result.kind, result.reason),
-                )
-            else:
-                updates[client] = result
-            if len(updates) == self._wanted:
-                break
-        else:
-            for client in self._asked.values():
-                if client not in updates and client not in failures:
-                    failures[client] = Failure(
-                        client=client, kind=FailureKind.TIMEOUT, reason="no reply in time"
-                    )
-        order = sorted(updates, key=client_order)
-        failed = sorted(failures, key=client_order)
-        return [updates[c] for c in order], tuple(failures[c] for c in failed)
-
-    def _accept(self, reply: Message, client: ClientId, round: int) -> ClientUpdate | Failure:
-        """Return the update in a reply, or why there is none that may be used."""
-        failure = failure_of(reply)
-        if failure:
-            return Failure(client=client, kind=failure[0], reason=failure[1])
-        try:
-            update = self._replies.update(reply, client, self.state.params)
-            objection = self._checks.objection(update, self.state.params)
-            if update.round != round:
-                objection = f"it answers round {update.round}"
-        except MalformedReplyError as error:
-            objection = str(error)
-        if objection:
-            reason = " ".join(objection.split())[:500]  # it may quote what a client sent
-            return Failure(client=client, kind=FailureKind.REJECTED, reason=reason)
-        return update

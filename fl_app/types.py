@@ -72,15 +72,17 @@ def seeded_globals(seed: int) -> Generator[None, None, None]:
     For code that draws from them and is not ours, such as Flower's strategies.
     """
     python, numpy = random.getstate(), np.random.get_state()
+    # By the generator itself: torch.manual_seed and fork_rng visit every kind of accelerator.
+    ours = torch.default_generator.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-            yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        torch.default_generator.set_state(ours)
 
 
 def client_order(client: ClientId) -> tuple[int, str]:

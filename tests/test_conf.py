@@ -123,7 +123,10 @@ def test_config_json_wins_over_overrides() -> None:
         ("strategy.aggregation.weighting=size", ["weighting=size", "examples", "uniform"]),
         ("task._target_=nowhere.Task", ["task._target_=nowhere.Task", "cannot be imported"]),
         ("engine.workers=0", ["engine.workers=0", ">= 1"]),
-        ("engine.vectorize=true", ["engine.vectorize=True", "not available"]),
+        ("engine.vectorize=perhaps", ["engine.vectorize=perhaps", "auto, true or false"]),
+        ("engine.threads=0", ["engine.threads=0", ">= 1", "null"]),
+        ("engine.device=tpu", ["engine.device=tpu", "cpu, cuda"]),
+        ("engine.chunk_mib=0", ["engine.chunk_mib=0", ">= 1", "null"]),
         (
             "strategy=bulyan",
             ["Bulyan(num_malicious=1) needs 7", "gives it 5", "selection.fraction"],

@@ -173,6 +173,7 @@ def composed(conf: Path, run_dir: Path, *overrides: str) -> dict[str, Any]:
     return {**config, "run_dir": str(run_dir)}
 
 
+@pytest.mark.slow
 def test_a_stock_client_app_is_driven_unchanged_with_the_same_bits_in_any_process(
     theirs: Path, tmp_path: Path
 ) -> None:

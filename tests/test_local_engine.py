@@ -23,7 +23,8 @@ from fl_app.codec import decode_description, query_messages
 from fl_app.components import build
 from fl_app.config import compose_config, to_json
 from fl_app.directory import QueryDirectory, describe
-from fl_app.engines.local import InProcess, LocalDirectory, LocalEngine, LocalGrid, adopt_identity
+from fl_app.engines.local import LocalEngine, adopt_identity
+from fl_app.engines.local_grid import InProcess, LocalDirectory, LocalGrid
 from fl_app.federation import initial_model
 from fl_app.params import model_hash
 from fl_app.strategy import FederatedStrategy
@@ -110,7 +111,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
 
 def test_two_workers_give_the_bits_of_one(tmp_path: Path) -> None:
     one, two = (
-        play(tmp_path / f"{n}", f"engine.workers={n}", "selection.over_selection=0.5", *STATEFUL)
+        play(
+            tmp_path / f"{n}",
+            *("engine.vectorize=false", f"engine.workers={n}", "selection.over_selection=0.5"),
+            *STATEFUL,
+        )
         for n in (1, 2)
     )
     assert summary_of(one)["model_hash"] == summary_of(two)["model_hash"]
@@ -130,7 +135,10 @@ def test_abandoned_clients_with_large_models_and_memories_block_nobody(tmp_path:
         "client.keep_optimizer_state=true",
         "client.optimizer.momentum=0.9",
     )
-    one, two = (play(tmp_path / f"{n}", f"engine.workers={n}", *large) for n in (1, 2))
+    one, two = (
+        play(tmp_path / f"{n}", f"engine.workers={n}", "engine.vectorize=false", *large)
+        for n in (1, 2)
+    )
     assert summary_of(one)["model_hash"] == summary_of(two)["model_hash"]
     assert rounds_of(one) == rounds_of(two)
 
@@ -276,7 +284,7 @@ class Counting(Classification):
 
 
 def test_flowers_own_loop_drives_our_pair_to_the_same_model(tmp_path: Path) -> None:
-    run_dir = play(tmp_path / "run")
+    run_dir = play(tmp_path / "run", "engine.vectorize=false")
     config = compose_config(
         ["task/model=logistic", "partition.num_clients=6", "client.epochs=1", "rounds=3"]
     )

@@ -21,7 +21,8 @@ from fl_app import codec
 from fl_app.aggregation import WeightedMean
 from fl_app.algorithm import Composition, ServerState
 from fl_app.directory import QueryDirectory
-from fl_app.engines.local import LocalDirectory, adopt_identity
+from fl_app.engines.local import adopt_identity
+from fl_app.engines.local_grid import LocalDirectory
 from fl_app.objective import OwnLoss
 from fl_app.selection import RoundRobin, Selector
 from fl_app.server_optimizer import OptimizerFactory

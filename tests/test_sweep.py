@@ -169,6 +169,7 @@ def test_json_gives_one_line_a_member_and_nothing_else_on_stdout(
     assert "model_hash" not in bad
 
 
+@pytest.mark.slow
 def test_two_sweeps_into_one_folder_get_two(tmp_path: Path) -> None:
     sweep = ["run", "-m", *TINY, "rounds=1", "seed=1,2", "hydra.sweep.dir=s"]
     assert _main(sweep) == 0
@@ -260,6 +261,7 @@ def test_ctrl_c_ends_a_sweep_which_leaves_its_table(
     assert resumed.returncode == 0, resumed.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_outright_leaves_what_is_known(tmp_path: Path) -> None:
     process = start(tmp_path)
     process.kill()

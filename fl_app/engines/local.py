@@ -6,44 +6,43 @@ ClientApp are the ones that run in a real federation; only the Grid below them d
 
 from __future__ import annotations
 
-import itertools
-import time
-from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from threading import active_count
+from typing import Any
 
 import torch
-from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from flwr.app import Context, Message, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_app import codec
 from fl_app.client_app import admit as admit_cohort
 from fl_app.client_app import app as client_app
-from fl_app.client_app import local_states
+from fl_app.client_app import local_runtime, local_states
+from fl_app.client_cohort import AloneWork, ClientCohort, CohortWork, Work
 from fl_app.client_state import MemoryClientState
-from fl_app.components import build, settled
+from fl_app.cohort import CohortTrainer
+from fl_app.components import Components, build, settled
 from fl_app.config import to_json
+from fl_app.engines.lanes import Lanes
+from fl_app.engines.local_grid import RUN_ID, InProcess, LocalGrid
+from fl_app.engines.memory import keep_freed_memory
 from fl_app.engines.workers import WorkerPool
 from fl_app.federation import run_federation
 from fl_app.foreign import SimulatedApp
-from fl_app.training import ClientTimeoutError
-from fl_app.types import ClientId, ConfigError, PrivacyUnit, client_order
+from fl_app.params import read_params
+from fl_app.stacked.layer import NotStackableError
+from fl_app.types import ClientId, ConfigError, PrivacyUnit
+from fl_app.vectorizing import CORES, HeavyModelError, cohort_trainer
 
-RUN_ID = 1
-"""Flower's number of the one run that a process plays at a time."""
+log = logging.getLogger(__name__)
 
-
-class Executor(Protocol):
-    """Has instructions carried out."""
-
-    def run(self, jobs: Iterable[tuple[Message, UserConfig]]) -> Generator[Message, None, None]:
-        """Yield one reply for each (instruction, node config), in that order."""
-        ...
+CLIENTS_A_PROCESS = 16
+"""Clients of a round side by side in one process before a further one pays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +50,42 @@ class LocalEngine:
     """Runs a whole federation on this machine.
 
     Attributes:
-        workers: Processes that train clients, >= 1; 1 is this process itself. Any number gives
-            the same bits.
+        vectorize: "auto": clients of a cohort are trained side by side (`fl_app.cohort`) where the
+            model allows it, else one by one; "true": or the run is refused; "false": one by one,
+            with the same bits on any number of workers, and as ``engine=simulation`` has them.
+        workers: Processes that train, >= 1; 1 is this process itself. None: as many as there are
+            cores, if clients are trained side by side and there are some for each process, or if
+            a model keeps a core busy by itself; else 1. One by one any number gives the same bits,
+            side by side another number gives others.
         threads: Torch's intra-op threads in each, >= 1. Another number gives other bits, and for
             small models more than one is slower.
-        vectorize: "auto" or "false": clients are trained one by one.
+        device: Where clients are trained side by side: "cpu", "cuda", "cuda:1", or "auto" for a
+            GPU if there is one.
+        chunk_mib: Memory that each process may take for clients side by side, about, in MiB, >= 1;
+            None for what suits the device.
     """
 
-    workers: int = 1
-    threads: int = 1
     vectorize: str = "auto"
+    workers: int | None = None
+    threads: int = 1
+    device: str = "cpu"
+    chunk_mib: int | None = None
 
     def __post_init__(self) -> None:
-        for key, value in (("workers", self.workers), ("threads", self.threads)):
-            if value < 1:
-                raise ConfigError(f"engine.{key}={value} must be >= 1.")
-        if self.vectorize.lower() not in ("auto", "false"):
+        for key, value in (
+            ("workers", self.workers),
+            ("threads", self.threads),
+            ("chunk_mib", self.chunk_mib),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.{key}={value} must be >= 1, or null.")
+        if self.vectorize.lower() not in ("auto", "true", "false"):
             raise ConfigError(
-                f"engine.vectorize={self.vectorize} is not available: choose auto or false "
-                "(clients are trained one by one)."
+                f"engine.vectorize={self.vectorize} is not known: choose auto, true or false."
+            )
+        if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", self.device):
+            raise ConfigError(
+                f"engine.device={self.device} is not known: choose cpu, cuda, cuda:N or auto."
             )
 
     def run(self, config: Mapping[str, Any], *, launched_at: float) -> Path:
@@ -84,18 +100,67 @@ class LocalEngine:
             return run_federation(config, grid, launched_at=launched_at)
 
     def grid(self, clients: Sequence[ClientId], run_config: UserConfig) -> LocalGrid:
-        """Return a Grid over these clients that drives the ClientApp of the run config."""
+        """Return a Grid over these clients that drives the ClientApp of the run config.
+
+        Raises:
+            ConfigError: The clients cannot be trained as they are told to be.
+        """
         components = build(str(run_config["config-json"]))
+        torch.set_num_threads(self.threads)
+        try:
+            trainer = self._trainer(components)
+        except NotStackableError as error:
+            if self.vectorize.lower() == "true":
+                raise ConfigError(
+                    f"engine.vectorize={self.vectorize} cannot be done: {error}. Choose "
+                    "engine.vectorize=auto to have clients trained one by one."
+                ) from None
+            log.info("Clients are trained one by one: %s.", error)
+            heavy = isinstance(error, HeavyModelError)
+            processes = self.workers or (CORES if heavy else 1)
+            if heavy and self._shares_memory(components) and (self.workers or active_count() == 1):
+                work = AloneWork(local_runtime(run_config))
+                return self._together(components, clients, run_config, work, processes)
+            return self._one_by_one(components, clients, run_config, processes)
+        if trainer is None:
+            return self._one_by_one(components, clients, run_config, self.workers or 1)
+        if trainer.model.device.type == "cpu":
+            keep_freed_memory()
+        # Processes are forked, which is best done while there is one thread.
+        wanted = components.selector.wanted(len(clients))
+        pays = min(CORES, max(1, wanted // CLIENTS_A_PROCESS)) if active_count() == 1 else 1
+        shared = self._shares_memory(components) and trainer.model.device.type == "cpu"
+        side_by_side = CohortWork(local_runtime(run_config), trainer)
+        processes = (self.workers or pays) if shared else 1  # a GPU is not to be forked
+        return self._together(components, clients, run_config, side_by_side, processes)
+
+    def _shares_memory(self, components: Components) -> bool:
+        """Return whether processes may be forked that share what a round needs.
+
+        What a client's optimizer remembers lies in this process, and one that hangs past a deadline
+        can be ended without the run only if it is one of `fl_app.engines.workers`.
+        """
+        waits = components.selector.round_timeout_s is None
+        return waits and not components.training.keep_optimizer_state
+
+    def _one_by_one(
+        self,
+        components: Components,
+        clients: Sequence[ClientId],
+        run_config: UserConfig,
+        workers: int,
+    ) -> LocalGrid:
+        """Return a Grid whose clients are trained one by one, in that many processes."""
         private = components.privacy.unit is not PrivacyUnit.NONE
         admit = partial(admit_cohort, run_config=run_config) if private else None
-        if self.workers == 1:
+        if workers == 1:
             app, states = simulated_clients(run_config)
             states.restore({})
             return LocalGrid(clients, InProcess(app, run_config), states, admit=admit)
         components.client_app.load()  # a bad one is told before workers
         states = MemoryClientState()
         pool = WorkerPool(
-            workers=self.workers, threads=self.threads, run_config=run_config, states=states
+            workers=workers, threads=self.threads, run_config=run_config, states=states
         )
         try:
             pool.wait_until_ready()
@@ -103,6 +168,61 @@ class LocalEngine:
             pool.close()
             raise
         return LocalGrid(clients, pool, states, admit=admit, close=pool.close)
+
+    def _together(
+        self,
+        components: Components,
+        clients: Sequence[ClientId],
+        run_config: UserConfig,
+        work: Work,
+        processes: int,
+    ) -> LocalGrid:
+        """Return a Grid whose clients are trained without messages, in that many processes."""
+        app, states = simulated_clients(run_config)
+        states.restore({})
+        close = None
+        if processes > 1:
+            wanted = components.selector.wanted(len(clients))
+            asked = math.ceil(wanted * (1 + getattr(components.selector, "over_selection", 0.0)))
+            lanes = Lanes(
+                work,
+                read_params(components.task.build_model()),
+                processes=processes,
+                most_clients=asked,
+                threads=self.threads,
+            )
+            work, close = lanes, lanes.close
+        gather = partial(ClientCohort, local_runtime(run_config), work)
+        return LocalGrid(clients, InProcess(app, run_config), states, gather=gather, close=close)
+
+    def _trainer(self, components: Components) -> CohortTrainer | None:
+        """Return what trains clients side by side; None if they are to be trained one by one.
+
+        Raises:
+            NotStackableError: They cannot be trained side by side.
+            ConfigError: The device is not there.
+        """
+        device = self._device()
+        if self.vectorize.lower() == "false":
+            return None
+        chunk_bytes = None if self.chunk_mib is None else self.chunk_mib << 20
+        return cohort_trainer(components, device=device, chunk_bytes=chunk_bytes)
+
+    def _device(self) -> torch.device:
+        """Return where clients are trained side by side.
+
+        Raises:
+            ConfigError: It is not there.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"engine.device={self.device}: torch sees {torch.cuda.device_count()} GPUs here. "
+                "Choose cpu or auto, or install a build of torch for this machine's GPU."
+            )
+        return device
 
 
 def simulated_clients(
@@ -123,204 +243,3 @@ def simulated_clients(
 def adopt_identity() -> None:
     """Tell Flower which task this process is: it asks whenever a message is made."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
-
-
-class LocalDirectory:
-    """Client ids by position: node n is the n-th client, counted from 1.
-
-    Args:
-        clients: In canonical order; may be lazy, of any length.
-    """
-
-    def __init__(self, clients: Sequence[ClientId]) -> None:
-        self._clients = clients
-
-    def clients(self) -> Sequence[ClientId]:
-        """Return the ids of all clients."""
-        return self._clients
-
-    def node_of(self, client: ClientId) -> int | None:
-        """Return the client's node, or None if there is no such client."""
-        position = bisect_left(self._clients, client_order(client), key=client_order)
-        known = position < len(self._clients) and self._clients[position] == client
-        return position + 1 if known else None
-
-    def node_config(self, node: int) -> UserConfig:
-        """Return what Flower tells a node of itself."""
-        return {
-            "partition-id": node - 1,
-            "num-partitions": len(self._clients),
-            "client-id": self._clients[node - 1],
-            "in-process": 1,
-        }
-
-
-class LocalGrid(Grid):
-    """Flower's Grid over clients of this machine.
-
-    Replies come in the order in which instructions were pushed, whichever process is done first,
-    and instructions are carried out as replies are asked for: whoever stops asking, as a round
-    does that has all the updates it wants, leaves the rest undone.
-
-    Args:
-        clients: Ids in canonical order; may be lazy.
-        executor: Has instructions carried out.
-        states: What clients remember; part of the run's checkpoints.
-        admit: Pays for the training of a cohort at once; None if there is nothing to pay.
-        close: Called when the Grid is no longer needed.
-    """
-
-    def __init__(
-        self,
-        clients: Sequence[ClientId],
-        executor: Executor,
-        states: MemoryClientState,
-        *,
-        admit: Callable[[Sequence[Message], Sequence[ClientId]], list[Message | UserConfig]]
-        | None = None,
-        close: Callable[[], None] | None = None,
-    ) -> None:
-        self.directory = LocalDirectory(clients)
-        self._executor = executor
-        self._states = states
-        self._admit = admit
-        self._close = close
-        self._run = Run.create_empty(RUN_ID)
-        self._queue: dict[str, Message] = {}
-        self._numbers = itertools.count(1)
-
-    def __enter__(self) -> LocalGrid:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._close is not None:
-            self._close()
-
-    def set_run(self, run: Run) -> None:
-        """Set the run this Grid serves."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run this Grid serves."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> range:
-        """Return all node ids: 1 to the number of clients."""
-        return range(1, len(self.directory.clients()) + 1)
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue instructions and return their ids."""
-        identifiers = []
-        for message in messages:
-            identifier = str(next(self._numbers))
-            message.metadata.__dict__["_message_id"] = identifier
-            self._queue[identifier] = message
-            identifiers.append(identifier)
-        return identifiers
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Generator[Message, None, None]:
-        """Yield the replies to these instructions, in the order in which they were pushed."""
-        wanted = set(message_ids)
-        due = [self._queue[identifier] for identifier in self._queue if identifier in wanted]
-        admitted = self._admitted(due)
-        jobs = (
-            (message, {**self.directory.node_config(message.metadata.dst_node_id), **answer})
-            for message, answer in zip(due, admitted, strict=True)
-            if not isinstance(answer, Message)
-        )
-        replies = self._executor.run(jobs)
-        try:
-            for message, answer in zip(due, admitted, strict=True):
-                reply = answer if isinstance(answer, Message) else next(replies)
-                self._queue.pop(message.metadata.message_id, None)
-                yield reply
-        finally:
-            replies.close()
-            for message in due:
-                self._queue.pop(message.metadata.message_id, None)
-
-    def _admitted(self, due: Sequence[Message]) -> list[Message | UserConfig]:
-        """Return for each instruction what admits it, or the reply of a client that declines."""
-        training = bool(due) and due[0].metadata.message_type == MessageType.TRAIN
-        if self._admit is None or not training:
-            return [{} for _ in due]
-        clients = [self.directory.clients()[m.metadata.dst_node_id - 1] for m in due]
-        return self._admit(due, clients)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Push instructions and return all replies."""
-        messages = list(messages)
-        if timeout is not None:
-            for message in messages:
-                message.metadata.__dict__["_ttl"] = min(timeout, message.metadata.ttl)
-        return list(self.pull_messages(self.push_messages(messages)))
-
-    def snapshot(self) -> Mapping[str, Any]:
-        """Return what the clients remember."""
-        return self._states.snapshot()
-
-    def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Set what the clients remember."""
-        self._states.restore(snapshot)
-
-
-class InProcess:
-    """Carries out instructions one after another in this process.
-
-    A client that is past its deadline is not started; ours give up between two batches. One that
-    hangs for ever can only be ended in a worker process (``engine.workers`` > 1).
-
-    Args:
-        app: A Flower ClientApp.
-        run_config: Flower's run config.
-    """
-
-    def __init__(self, app: Callable[[Message, Context], Message], run_config: UserConfig) -> None:
-        self._app = app
-        self._run_config = run_config
-
-    def run(self, jobs: Iterable[tuple[Message, UserConfig]]) -> Generator[Message, None, None]:
-        """Yield one reply for each (instruction, node config), in that order."""
-        for message, node_config in jobs:
-            yield call_client(self._app, message, node_config, self._run_config)
-
-
-def call_client(
-    app: Callable[[Message, Context], Message],
-    message: Message,
-    node_config: UserConfig,
-    run_config: UserConfig,
-) -> Message:
-    """Return a ClientApp's reply, or the error reply that Flower's runtimes would give."""
-    context = Context(
-        run_id=RUN_ID,
-        node_id=message.metadata.dst_node_id,
-        node_config=node_config,
-        state=RecordDict(),
-        run_config=run_config,
-    )
-    try:
-        if is_expired(message):
-            raise ClientTimeoutError("The round's time was up before this client's turn.")
-        return app(message, context)
-    except Exception as error:  # whatever a client raises costs the round that client alone
-        return codec.error_reply(message, error)
-
-
-def is_expired(message: Message) -> bool:
-    """Return whether a message has outlived its time to live."""
-    return time.time() > message.metadata.created_at + message.metadata.ttl

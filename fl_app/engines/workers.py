@@ -265,7 +265,8 @@ class WorkerPool:
 
 def serve(connection: Connection, run_config: UserConfig, threads: int) -> None:
     """Carry out instructions until the other end closes; the main function of a worker."""
-    from fl_app.engines.local import adopt_identity, call_client, simulated_clients
+    from fl_app.engines.local import adopt_identity, simulated_clients
+    from fl_app.engines.local_grid import call_client
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(threads)

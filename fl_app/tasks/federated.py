@@ -44,9 +44,13 @@ class ClientRange(Sequence[ClientId]):
         return str(self._numbers[index])
 
     def __contains__(self, client: object) -> bool:
-        if not (isinstance(client, str) and client.isdecimal()):
-            return False
-        return str(int(client)) == client and int(client) in self._numbers
+        return isinstance(client, str) and self.position(client) is not None
+
+    def position(self, client: ClientId) -> int | None:
+        """Return where a client is, or None if there is none of that name."""
+        number = int(client) if client.isdecimal() else -1
+        known = number in self._numbers and str(number) == client
+        return number if known else None
 
     def __repr__(self) -> str:
         return f"ClientRange({len(self)})"

@@ -166,6 +166,8 @@ class Summary:
         model_hash: See `fl_app.params.model_hash`; of the final global model.
         metrics: Final global model on held-out records.
         time_s: Wall-clock seconds; the one entry that a rerun does not repeat.
+        training: "cohort" if the clients of the last round were trained side by side, else "one by
+            one"; None if no round was played.
         stopped_by: Why the run ended.
         resumed_from_round: Last round of the checkpoint it was resumed from, or None.
     """
@@ -185,6 +187,7 @@ class Summary:
     privacy: Privacy = field(default_factory=Privacy)
     communication: Communication = field(default_factory=Communication)
     failures: Failures = field(default_factory=Failures)
+    training: str | None = None
     stopped_by: StopReason = StopReason.ROUNDS
     resumed_from_round: int | None = None
 

@@ -51,7 +51,7 @@ def test_the_connected_nodes_are_the_population_and_the_bits_those_of_engine_loc
         tmp_path / "local",
         *SHORT.split(),
         "strategy=fedadam",
-        "partition.num_clients=7",
+        *("partition.num_clients=7", "engine.vectorize=false"),
         tiny=False,
     )
     assert rounds_of(run_dir) == rounds_of(local)

@@ -123,7 +123,7 @@ def test_simulation_gives_the_bits_of_local(
     overrides: tuple[str, ...], tmp_path: Path, marked: str
 ) -> None:
     simulated = simulate(tmp_path / "simulated", *overrides)
-    local = play(tmp_path / "local", *overrides)
+    local = play(tmp_path / "local", "engine.vectorize=false", *overrides)
     assert rounds_of(simulated) == rounds_of(local)
     assert (simulated / "clients.json").read_bytes() == (local / "clients.json").read_bytes()
     one, other = summary_of(simulated), summary_of(local)
@@ -150,7 +150,7 @@ def test_a_run_whose_command_is_killed_leaves_no_process_and_goes_on_to_the_same
     _wait_until_gone(marked)
     assert not home.exists()
     resumed = _played(resumed_config(str(run_dir), []))
-    local = play(tmp_path / "local", rounds, *STATEFUL)
+    local = play(tmp_path / "local", "engine.vectorize=false", rounds, *STATEFUL)
     assert summary_of(resumed)["model_hash"] == summary_of(local)["model_hash"]
     assert summary_of(resumed)["resumed_from_round"] is not None
     assert rounds_of(resumed) == rounds_of(local)

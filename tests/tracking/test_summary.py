@@ -63,7 +63,7 @@ def test_a_summary_has_the_keys_of_the_contract() -> None:
     assert set(written) == {
         *("task", "engine", "strategy", "seed", "rounds", "clients", "cohort_size"),
         *("config_hash", "model_hash", "metrics", "fairness", "privacy", "communication"),
-        *("failures", "time_s", "resumed_from_round", "stopped_by"),
+        *("failures", "time_s", "resumed_from_round", "stopped_by", "training"),
     }
     assert written["fairness"] == {
         "accuracy_min": None,

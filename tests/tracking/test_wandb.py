@@ -211,7 +211,7 @@ def test_without_a_question_to_the_clients_there_is_no_plot(tmp_path: Path) -> N
     assert not (run_dir / "partition.json").exists()
 
 
-@pytest.mark.parametrize("given", [None, "mine"])
+@pytest.mark.parametrize("given", [None, pytest.param("mine", marks=pytest.mark.slow)])
 def test_members_of_a_sweep_are_grouped(
     given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
