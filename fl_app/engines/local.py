@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,11 +138,13 @@ class LocalEngine:
     def _shares_memory(self, components: Components) -> bool:
         """Return whether processes may be forked that share what a round needs.
 
-        What a client's optimizer remembers lies in this process, and one that hangs past a deadline
-        can be ended without the run only if it is one of `fl_app.engines.workers`.
+        Other systems than Linux have libraries that do not bear it. What a client's optimizer
+        remembers lies in this process. And one that hangs past a deadline can be ended without the
+        run only if it is one of `fl_app.engines.workers`.
         """
         waits = components.selector.round_timeout_s is None
-        return waits and not components.training.keep_optimizer_state
+        remembers = components.training.keep_optimizer_state
+        return sys.platform == "linux" and waits and not remembers
 
     def _one_by_one(
         self,

@@ -15,8 +15,12 @@ from line_up import BARE_MODEL, Stage
 from rows import Need, Row
 from workloads import WORKLOADS
 
-LARGEST_DIFFERENCE = 1e-4
-"""Between a weight of ours and the bare loop's at the end; more is no rounding."""
+LARGEST_DIFFERENCE = 3e-3
+"""Between a weight of ours and the bare loop's at the end; more is no rounding.
+
+The bare loop in single precision is as far from itself in double: 9e-4 for LeNet after 20 rounds,
+1e-7 until one rectifier more or less is on. A batch of another client moves weights by 1e-1.
+"""
 
 MEMORY_AT = (0.25, 0.5, 0.75, 1.0)
 """Shares of the rounds after which memory is read."""
