@@ -86,6 +86,9 @@ class CohortTrainer:
     chunk_bytes: int
 
     def __post_init__(self) -> None:
+        self._forget_recordings()
+
+    def _forget_recordings(self) -> None:
         self.plain_steps = PlainSteps(self.model, self.task.losses)
         self.private_steps = PrivateSteps(self.model, self.task.losses)
 
@@ -109,7 +112,8 @@ class CohortTrainer:
         if len({client.plan is None for client in assignments}) > 1:
             raise TypeError("Private training needs a plan for each client.")
         received = {name: tensor.to(self.model.device) for name, tensor in received.items()}
-        self.model.load(received)
+        if self.model.load(received):
+            self._forget_recordings()  # they hold what all clients share
         done: dict[int, TrainedModel | ClientTimeoutError] = {}
         chunks = deque(self._chunks(assignments))
         while chunks:

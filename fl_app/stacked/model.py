@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 
 from fl_app.params import copy_into, entries_of
@@ -61,10 +62,16 @@ class StackedModel:
         self._layers: list[StackedLayer] = []
         self.root = self._mapped(skeleton) if whole else self._stacked(skeleton)
 
-    def load(self, params: Params) -> None:
-        """Set what all clients share: buffers, and parameters that are not trained."""
-        if self._shared:
+    def load(self, params: Params) -> bool:
+        """Set what all clients share: buffers, and parameters that are not trained.
+
+        Returns:
+            Whether any of it has changed.
+        """
+        changed = any(not torch.equal(own, params[n]) for n, own in self._shared.items())
+        if changed:
             copy_into(self._shared, params)
+        return changed
 
     def signatures(self) -> list[tuple[bool, ...] | None]:
         """Return which arguments of mapped layers have a dimension of records, as passes told."""

@@ -236,7 +236,10 @@ def _one_by_one(
             for tensor, values in zip(local, weights, strict=True):
                 tensor.copy_(values[client])
         before = [buffer.clone() for buffer in model.buffers()]
+        remembered = _attributes(model)
         own_losses = losses(model(x), y)
+        if _attributes(model) != remembered:
+            raise NotStackableError("its code counts, or remembers something, from call to call")
         if any(not torch.equal(b, after) for b, after in zip(before, model.buffers(), strict=True)):
             raise NotStackableError("its buffers change in training, as BatchNorm's do")
         if own_losses.shape != (len(y),):
@@ -330,6 +333,17 @@ def _same(made: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> b
         ((made - expected).abs().max() if made.numel() else torch.zeros(()))
         <= TOLERANCE[dtype] * scale.clamp_min(1e-9)
     )
+
+
+def _attributes(model: nn.Module) -> list[Any]:
+    """Return the plain values that a model's modules hold, in order."""
+    plain = (bool, int, float, str, bytes)
+    return [
+        (name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, plain)
+    ]
 
 
 @contextmanager

@@ -64,6 +64,11 @@ def counted(self: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+def counted_by_attribute(self: nn.Module, x: Tensor) -> Tensor:
+    self.steps = getattr(self, "steps", 0) + 1
+    return x
+
+
 def branching(self: nn.Module, x: Tensor) -> Tensor:
     return x if x.sum() > 1e9 else x * 2
 
@@ -90,6 +95,7 @@ REFUSED: dict[str, tuple[Zoo, str]] = {
     "numpy": (coded(lambda self, x: x * x.detach().numpy().max()), "numpy"),
     "branch": (coded(branching), "decides by the value"),
     "counter": (coded(counted), "buffers change"),
+    "counter in an attribute": (coded(counted_by_attribute), "from call to call"),
     "noise": (coded(lambda self, x: x + torch.rand_like(x)), "random"),
     "noise per feature": (coded(lambda self, x: x + torch.rand(CLASSES)), "random"),
     "nothing to train": (Zoo(layers=lambda: [nn.Linear(5, 3).requires_grad_(False)]), "no param"),

@@ -10,7 +10,7 @@ import torch
 from side_by_side import cohort, plain, private, trainer_of
 from torch import Tensor
 from torch.nn import functional
-from zoo import WITH_RULES
+from zoo import MAPPED, WITH_RULES
 
 from fl_app.stacked import program
 from fl_app.stacked.program import RECORDED_AFTER, Programs
@@ -115,3 +115,16 @@ def test_training_has_the_same_bits_before_and_after_it_is_recorded(
     for one, other in zip(fresh, again, strict=True):
         assert all(torch.equal(one.delta[n], other.delta[n]) for n in one.delta)
         assert one.metrics == other.metrics
+
+
+def test_a_recording_is_forgotten_with_what_clients_share() -> None:
+    task = MAPPED["frozen parts and buffers"]
+    training = LocalTraining(optimizer=partial(torch.optim.SGD, lr=0.1), epochs=1, batch_size=4)
+    trainer, clients = trainer_of(task, training), plain(task, [8, 8])
+    for _ in range(RECORDED_AFTER + 1):
+        trainer.train(task.initial(), clients)
+    assert any(programs._programs for programs in trainer.plain_steps._programs.values())
+    other = {name: tensor * 1.5 for name, tensor in task.initial().items()}
+    expected = trainer_of(task, training).train(other, clients)
+    for one, two in zip(trainer.train(other, clients), expected, strict=True):
+        assert all(torch.equal(one.delta[n], two.delta[n]) for n in two.delta)
