@@ -5,15 +5,18 @@ Each answers what it would answer alone, and fails alone.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from fl_app.client import ClientRuntime, Trained
 from fl_app.codec import failure_from
-from fl_app.cohort import CohortTrainer
+from fl_app.cohort import CohortTrainer, is_out_of_memory
 from fl_app.privacy.base import Admission
+from fl_app.stacked.layer import NotStackableError
 from fl_app.training import TrainedModel
 from fl_app.types import (
     ClientExamples,
@@ -24,6 +27,8 @@ from fl_app.types import (
     FlAppError,
     TrainInstruction,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Work(Protocol):
@@ -142,8 +147,11 @@ class CohortWork:
                     )
                 except Exception as own_error:
                     answers[client] = own_error
-            if not any(isinstance(answer, Exception) for answer in answers.values()):
-                raise error
+            if any(isinstance(answer, Exception) for answer in answers.values()):
+                return answers
+            if not (is_out_of_memory(error) or isinstance(error, NotStackableError)):
+                raise
+            log.warning("These clients were trained one by one: %s", error)
             return answers
 
 
@@ -196,6 +204,8 @@ class ClientCohort:
         self._runtime = runtime
         self._work = work
         self._instruction = instruction
+        patience = instruction.deadline_s
+        self._deadline = None if patience is None else time.monotonic() + patience
         if runtime.is_private():
             admissions = runtime.admit(clients, instruction)
         else:
@@ -206,7 +216,7 @@ class ClientCohort:
         """Return the answers of the next ``count`` clients."""
         asked = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
         admitted = [client for client, admission in asked if isinstance(admission, Admission)]
-        outcomes = dict(zip(admitted, self._work(admitted, self._instruction), strict=True))
+        outcomes = dict(zip(admitted, self._work(admitted, self._left()), strict=True))
         answers: list[tuple[ClientId, ClientUpdate | Failure]] = []
         for client, admission in asked:
             if isinstance(admission, FlAppError):
@@ -218,6 +228,13 @@ class ClientCohort:
             else:
                 answers.append((client, outcome))
         return answers
+
+    def _left(self) -> TrainInstruction:
+        """Return the instruction with the seconds that are left of the round."""
+        if self._deadline is None:
+            return self._instruction
+        left = max(0.0, self._deadline - time.monotonic())
+        return replace(self._instruction, deadline_s=left)
 
     def _reported(
         self, client: ClientId, outcome: Trained, admission: Admission

@@ -24,7 +24,7 @@ from fl_app.objective import LocalObjective, OwnLoss
 from fl_app.params import StackedParams
 from fl_app.privacy.base import RecordPlan
 from fl_app.privacy.randomness import PrivacyRandomness, secret_randomness
-from fl_app.stacked.batches import Batch, drawn, in_epochs, pooled
+from fl_app.stacked.batches import Batch, Booleans, drawn, in_epochs, pooled
 from fl_app.stacked.draws import Draws, DrawsOfEach, DrawsTogether
 from fl_app.stacked.model import StackedModel
 from fl_app.stacked.steps import PlainSteps, PrivateSteps
@@ -115,14 +115,17 @@ class CohortTrainer:
         if self.model.load(received):
             self._forget_recordings()  # they hold what all clients share
         done: dict[int, TrainedModel | ClientTimeoutError] = {}
+        # Before anything can fail for want of memory: batches drawn anew would be smaller ones.
+        coins = _coins(assignments)
         chunks = deque(self._chunks(assignments))
         while chunks:
             chunk = chunks.popleft()
             part = [assignments[position] for position in chunk]
             try:
-                trained = self._train(received, part, deadline)
+                tossed = [coins[position] for position in chunk] if coins else []
+                trained = self._train(received, part, tossed, deadline)
             except Exception as error:
-                if not _is_out_of_memory(error) or len(chunk) == 1:
+                if not is_out_of_memory(error) or len(chunk) == 1:
                     raise
                 half = len(chunk) // 2
                 self._halve(half)
@@ -172,6 +175,7 @@ class CohortTrainer:
         self,
         received: Params,
         clients: Sequence[Assignment],
+        coins: Sequence[Booleans],
         deadline: float | None,
     ) -> list[TrainedModel | ClientTimeoutError]:
         """Train one chunk, in the order of descending steps."""
@@ -182,7 +186,7 @@ class CohortTrainer:
         stack = (
             _PlainStack(self, clients, firsts)
             if clients[0].plan is None
-            else _PrivateStack(self, clients, firsts)
+            else _PrivateStack(self, clients, firsts, coins)
         )
         states = [client.optimizer_state for client in clients]
         optimizer = StackedOptimizer(self.training.optimizer, weights, states)
@@ -219,7 +223,7 @@ class CohortTrainer:
         ]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether there was not enough memory; on a CPU torch has no error of its own for it."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
@@ -230,6 +234,18 @@ def _on(device: torch.device, examples: Examples) -> Examples:
     if device.type == "cpu":
         return examples
     return Examples(inputs=examples.inputs.to(device), targets=examples.targets.to(device))
+
+
+def _coins(clients: Sequence[Assignment]) -> list[Booleans]:
+    """Return of each private client its batches' coins, from its own secret or a common one."""
+    common = secret_randomness()
+    return [
+        (client.secret or common).coins(
+            client.plan.sampling.steps * client.count, heads=client.plan.sampling.sample_rate
+        )
+        for client in clients
+        if client.plan is not None
+    ]
 
 
 def _change(received: Params, trained: Mapping[str, Tensor]) -> StackedParams:
@@ -307,6 +323,7 @@ class _PrivateStack:
         trainer: How they train.
         clients: By descending steps.
         firsts: Where each one's records begin.
+        coins: Of each its batches' coins, ``steps * records``.
     """
 
     def __init__(
@@ -314,6 +331,7 @@ class _PrivateStack:
         trainer: CohortTrainer,
         clients: Sequence[Assignment],
         firsts: Sequence[int],
+        coins: Sequence[Booleans],
     ) -> None:
         self._steps = trainer.private_steps
         plans = [client.plan for client in clients if client.plan is not None]
@@ -324,11 +342,8 @@ class _PrivateStack:
         else:  # one of this stack alone: two threads that drew from one could draw the same
             self._draws = DrawsTogether(secret_randomness())
         self._mechanisms = [plan.mechanism for plan in plans]
-        samplings = [plan.sampling for plan in plans]
-        counts = [client.count for client in clients]
-        self.schedule = drawn(
-            self._draws.coins(samplings, counts), counts, [s.steps for s in samplings], firsts
-        )
+        counts, steps = [c.count for c in clients], [plan.sampling.steps for plan in plans]
+        self.schedule = drawn(np.concatenate(coins), counts, steps, firsts)
 
     def gradients(
         self, records: Examples, weights: Sequence[Tensor], batch: Batch, rate: float | None

@@ -50,10 +50,17 @@ def cohort_trainer(
     objective = components.algorithm.objective
     if not is_elementwise(objective):
         raise NotStackableError(f"{type(objective).__name__} does not say that it is_elementwise")
+    if getattr(components.privacy, "max_physical_batch", None) is not None:
+        raise NotStackableError("privacy.max_physical_batch bounds what is held in memory at once")
     model = task.build_model().to(device)
     examples = _some(components, device)
     if device.type == "cpu":
-        _check_weight(model, examples, training.batch_size)
+        try:
+            _check_weight(model, examples, training.batch_size)
+        except NotStackableError:
+            raise
+        except Exception as error:  # of the model's own code, which training may never reach
+            raise NotStackableError(f"{type(error).__name__}: {error}") from error
     private = components.privacy.unit is PrivacyUnit.RECORD and _clips_records(components)
     found = stackable(model, task.losses, examples, private=private)
     if chunk_bytes is None:

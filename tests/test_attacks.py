@@ -161,7 +161,8 @@ def test_a_label_flip_is_honest_training_on_false_labels() -> None:
         torch.testing.assert_close(flipped[name], tensor.flip(0), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("attack", ["alie", pytest.param("label_flip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["alie", "label_flip"])
 def test_an_attacked_run_has_the_same_bits_in_any_number_of_processes(
     attack: str, tmp_path: Path
 ) -> None:

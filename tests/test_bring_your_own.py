@@ -20,7 +20,10 @@ from fl_app.cli import _main
 BLOCK = re.compile(r"^```(python|yaml|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Another engine is one more entry.
-ENGINES = {"one process": ["engine.workers=1"], "two workers": ["engine.workers=2"]}
+ENGINES = {
+    name: ["engine.vectorize=false", f"engine.workers={workers}"]
+    for name, workers in {"one process": 1, "two workers": 2}.items()
+}
 
 FEW = ("rounds=3", "client.epochs=1", "progress=none", "partition.num_clients=6")
 
@@ -82,7 +85,7 @@ def test_the_section_of_the_readme_runs_on_flowers_simulation_with_the_same_bits
 ) -> None:
     """On ours of it, and typed as ``flwr run``."""
     command = unpack(tmp_path, "README.md", "Your own data and model")
-    local = shell(command, tmp_path, "rounds=2")
+    local = shell(command, tmp_path, "rounds=2", "engine.vectorize=false")
     simulated = shell(command, tmp_path, "rounds=2", "engine=simulation")
     with flower(tmp_path / "flwr", PYTHONPATH=f"{REPOSITORY}{os.pathsep}{tmp_path}") as flwr:
         flwr.cwd.mkdir()

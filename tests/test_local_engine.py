@@ -143,7 +143,7 @@ def test_abandoned_clients_with_large_models_and_memories_block_nobody(tmp_path:
     assert rounds_of(one) == rounds_of(two)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_client_that_raises_costs_the_round_only_itself(
     workers: int, tmp_path: Path, importable: None
 ) -> None:

@@ -12,13 +12,14 @@ import logging
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from fl_app.params import StackedParams, StackedRow
 from fl_app.training import TrainedModel
 from fl_app.types import ClientId, Evaluation, Failure, FlAppError, Params, TrainInstruction
 
+_FITS = 1 << 14
+"""Bytes that a pipe takes whether or not somebody receives them."""
 ORPHANED_S = 1.0
 """Seconds after which a process that waits looks whether it still has a parent."""
 
@@ -50,7 +53,6 @@ class _Placed(NamedTuple):
 
     records: int
     metrics: Mapping[str, float]
-    optimizer_state: Mapping[str, Any]
     evaluation: Evaluation | None
     stack: int
     row: int
@@ -75,6 +77,7 @@ class Lanes:
     ) -> None:
         self.side_by_side = work.side_by_side
         self._work = work
+        self._broken = False
         rows = -(-most_clients // processes)
         self._lanes = [_Lane(work, model, rows, threads) for _ in range(processes - 1)]
 
@@ -86,6 +89,9 @@ class Lanes:
         Raises:
             LaneError: A process died, or training failed in a way that no client is to blame for.
         """
+        if self._broken:
+            raise LaneError("an earlier round failed in one of the processes: resume the run.")
+        self._broken = True  # until all have answered: an answer left over is not the next one's
         parts = [
             list(clients[lane :: len(self._lanes) + 1]) for lane in range(len(self._lanes) + 1)
         ]
@@ -96,6 +102,7 @@ class Lanes:
         outcomes = dict(zip(parts[0], self._work(parts[0], instruction), strict=True))
         for lane, part in zip(self._lanes, parts[1:], strict=True):
             outcomes |= zip(part, lane.answer(), strict=True)
+        self._broken = False
         return [outcomes[client] for client in clients]
 
     def close(self) -> None:
@@ -136,8 +143,16 @@ class _Lane:
         first_row = 1 + self._used
         self._used += len(clients)
         with suppress(BrokenPipeError, ConnectionResetError):  # `answer` says that it is dead
-            self._pipe.send((list(clients), replace(instruction, params={}), first_row))
-        self._asked.release()
+            self._tell((list(clients), replace(instruction, params={}), first_row))
+
+    def _tell(self, request: object) -> None:
+        message = pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL)
+        if len(message) > _FITS:  # sending it takes somebody who receives
+            self._asked.release()
+            self._pipe.send_bytes(message)
+        else:
+            self._pipe.send_bytes(message)
+            self._asked.release()
 
     def answer(self) -> Sequence[Trained | Failure]:
         """Return what came of it.
@@ -161,10 +176,13 @@ class _Lane:
         def whole(outcome: _Placed | Failure) -> Trained | Failure:
             if isinstance(outcome, Failure):
                 return outcome
+            stack = known[outcome.stack]
+            row = stack.row(outcome.row)
             model = TrainedModel(
-                delta=known[outcome.stack].row(outcome.row),
+                # One that was trained alone is to be added up as such.
+                delta=row if len(stack) > 1 else dict(row),
                 metrics=outcome.metrics,
-                optimizer_state=outcome.optimizer_state,
+                optimizer_state={},  # lanes are for clients whose optimizers remember nothing
             )
             return Trained(count=outcome.records, model=model, evaluation=outcome.evaluation)
 
@@ -172,12 +190,13 @@ class _Lane:
 
     def close(self) -> None:
         """End the process."""
-        self._pipe.close()
-        self._asked.release()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._tell(None)
         self._process.join(timeout=1.0)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        self._pipe.close()
 
     def _stack(self, first_byte: int, count: int) -> dict[str, Tensor]:
         """Return views of shared memory as ``(count, *shape)`` tensors, one behind another."""
@@ -196,7 +215,10 @@ class _Lane:
         """Train what is asked for until the other end is closed; the child's main function."""
         self._pipe.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its lanes
-        logging.disable(logging.CRITICAL)  # whose handlers' locks somebody may have held
+        # With a handler of its own: somebody may have held the locks of those there are.
+        for logger in (logging.getLogger(), logging.getLogger("fl_app")):
+            logger.handlers = []
+        logging.getLogger().addHandler(logging.StreamHandler())
         torch.set_num_threads(self._threads)
         parent = os.getppid()
         with suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -204,7 +226,10 @@ class _Lane:
                 while not self._asked.acquire(timeout=ORPHANED_S):
                     if os.getppid() != parent:  # it was killed
                         return
-                clients, instruction, first_row = pipe.recv()
+                request = pickle.loads(pipe.recv_bytes())
+                if request is None:
+                    return
+                clients, instruction, first_row = request
                 params = {name: tensor[0] for name, tensor in self._stack(0, 1).items()}
                 try:
                     outcomes = work(clients, replace(instruction, params=params))
@@ -241,7 +266,6 @@ class _Lane:
                 _Placed(
                     records=outcome.count,
                     metrics=outcome.model.metrics,
-                    optimizer_state=outcome.model.optimizer_state,
                     evaluation=outcome.evaluation,
                     stack=places[id(stack)],
                     row=row,

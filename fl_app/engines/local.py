@@ -127,10 +127,17 @@ class LocalEngine:
             return self._one_by_one(components, clients, run_config, self.workers or 1)
         if trainer.model.device.type == "cpu":
             keep_freed_memory()
+        shared = self._shares_memory(components) and trainer.model.device.type == "cpu"
+        if (self.workers or 1) > 1 and not shared and self.vectorize.lower() == "auto":
+            log.info(
+                "Clients are trained one by one: engine.workers=%d share no memory with a timeout, "
+                "a remembered optimizer, several threads, or a GPU.",
+                self.workers,
+            )
+            return self._one_by_one(components, clients, run_config, self.workers or 1)
         # Processes are forked, which is best done while there is one thread.
         wanted = components.selector.wanted(len(clients))
         pays = min(CORES, max(1, wanted // CLIENTS_A_PROCESS)) if active_count() == 1 else 1
-        shared = self._shares_memory(components) and trainer.model.device.type == "cpu"
         side_by_side = CohortWork(local_runtime(run_config), trainer)
         processes = (self.workers or pays) if shared else 1  # a GPU is not to be forked
         return self._together(components, clients, run_config, side_by_side, processes)
@@ -138,13 +145,13 @@ class LocalEngine:
     def _shares_memory(self, components: Components) -> bool:
         """Return whether processes may be forked that share what a round needs.
 
-        Other systems than Linux have libraries that do not bear it. What a client's optimizer
-        remembers lies in this process. And one that hangs past a deadline can be ended without the
-        run only if it is one of `fl_app.engines.workers`.
+        Other systems than Linux have libraries that do not bear it, nor do torch's own threads.
+        What a client's optimizer remembers lies in this process. And one that hangs past a deadline
+        can be ended without the run only if it is one of `fl_app.engines.workers`.
         """
         waits = components.selector.round_timeout_s is None
         remembers = components.training.keep_optimizer_state
-        return sys.platform == "linux" and waits and not remembers
+        return sys.platform == "linux" and self.threads == 1 and waits and not remembers
 
     def _one_by_one(
         self,

@@ -19,6 +19,8 @@ def keep_freed_memory() -> None:
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+    if mallopt is None:
+        return
+    # Releases before 2.35 take no more than 32 MiB here. Only with it is the other of any use.
+    if mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES) or mallopt(_M_MMAP_THRESHOLD, 32 << 20):
         mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)

@@ -5,25 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fl_app.privacy.randomness import PoissonSampling, PrivacyRandomness
-from fl_app.stacked.batches import Booleans
+from fl_app.privacy.randomness import PrivacyRandomness
 
 
 class Draws(Protocol):
     """Where the private draws of a stack of clients come from."""
-
-    def coins(self, plans: Sequence[PoissonSampling], counts: Sequence[int]) -> Booleans:
-        """Return the coins of all clients' batches: ``steps * count`` of each, one behind another.
-
-        Args:
-            plans: Rates and steps of the clients.
-            counts: Records of the clients.
-        """
-        ...
 
     def noise(self, like: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return standard normal noise in double precision, for tensors of the first clients."""
@@ -39,15 +28,6 @@ class DrawsOfEach:
 
     def __init__(self, secrets: Sequence[PrivacyRandomness]) -> None:
         self._secrets = secrets
-
-    def coins(self, plans: Sequence[PoissonSampling], counts: Sequence[int]) -> Booleans:
-        """Return the coins of all clients."""
-        return np.concatenate(
-            [
-                secret.coins(plan.steps * count, heads=plan.sample_rate)
-                for secret, plan, count in zip(self._secrets, plans, counts, strict=True)
-            ]
-        )
 
     def noise(self, like: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return noise for each client's tensors in their order."""
@@ -67,12 +47,6 @@ class DrawsTogether:
 
     def __init__(self, secret: PrivacyRandomness) -> None:
         self._secret = secret
-
-    def coins(self, plans: Sequence[PoissonSampling], counts: Sequence[int]) -> Booleans:
-        """Return the coins of all clients."""
-        each = [plan.steps * count for plan, count in zip(plans, counts, strict=True)]
-        rates = [plan.sample_rate for plan in plans]
-        return self._secret.coins(sum(each), heads=np.repeat(rates, each))
 
     def noise(self, like: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return noise for all tensors, drawn at once."""

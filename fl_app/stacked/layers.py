@@ -304,11 +304,12 @@ class StackedEmbedding(StackedLayer):
     def run(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """Keep the numbers, each client's beginning where its rows do."""
         a, count, width = weights[0].shape
-        # Raises if a number is out of range: in the stack it would mean a row of another client.
-        functional.embedding(x, weights[0][0, :, :1])
+        # Zeros; raises if a number is out of range, which in the stack would mean a row of another
+        # client. Added, for else a recording would leave it out.
+        in_range = functional.embedding(x, weights[0].new_zeros(count, 1))
         shift = torch.arange(0, a * count, count, device=x.device).repeat_interleave(len(x) // a)
         rows = x + _along(shift, x)
-        return weights[0].reshape(a * count, width)[rows], (rows,)
+        return weights[0].reshape(a * count, width)[rows] + in_range, (rows,)
 
     def gradients(self, kept: Sequence[Tensor], d: Tensor) -> Sequence[Tensor]:
         """Return the rows' sums."""
@@ -322,8 +323,11 @@ class StackedEmbedding(StackedLayer):
         n = len(d)
         rows, pulled = kept[0].reshape(n, -1), self._counted(kept[0], d).reshape(n, -1, d.shape[-1])
         equal = rows.unsqueeze(1) == rows.unsqueeze(2)
-        squared = (torch.bmm(pulled, pulled.transpose(1, 2)) * equal).sum((1, 2))
-        return squared, lambda factors: self.gradients(kept, d * _along(factors, d))
+        precise = pulled.double()  # as in `_squared_norms`
+        squared = (torch.bmm(precise, precise.transpose(1, 2)) * equal).sum((1, 2)).clamp_min_(0)
+        return squared.to(pulled.dtype), lambda factors: self.gradients(
+            kept, d * _along(factors, d)
+        )
 
     def blank(self, kept: Sequence[Tensor], records: Tensor) -> Sequence[Tensor]:
         """Return the numbers as they are: they multiply nothing."""
@@ -351,8 +355,10 @@ def _squared_norms(inputs: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor | Non
     if positions == 1:
         return _squared(inputs) * _squared(pulled), None
     if 2 * positions**2 <= p * q:
-        grams = [torch.bmm(t.transpose(1, 2), t) for t in (inputs, pulled)]
-        return (grams[0] * grams[1]).sum((1, 2)), None
+        # In double precision: what cancels in this sum can be many times what is left of it, and a
+        # norm that came out too small would let a record pass unclipped.
+        grams = [torch.bmm(t.transpose(1, 2), t) for t in (inputs.double(), pulled.double())]
+        return (grams[0] * grams[1]).sum((1, 2)).clamp_min_(0).to(inputs.dtype), None
     made = torch.bmm(pulled, inputs.transpose(1, 2))
     return _squared(made), made
 

@@ -67,6 +67,6 @@ class _MaxPool(torch.autograd.Function):
 def _of_second(d: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return what ``d`` leaves at the second of two values: all if that is greater, or nothing.
 
-    By arithmetic, because multiplying by booleans, or choosing by them, is many times slower.
+    By a product, because choosing by booleans is several times slower.
     """
-    return torch.sub(second, first).sign_().clamp_min_(0).mul_(d)
+    return d * (second > first)

@@ -114,10 +114,11 @@ class PrivateSteps:
             _, *sums = self._sums(bound, *given, finite_only=True)
         deviations = [mechanism.noise_multiplier * bound for mechanism in mechanisms]
         expected = [mechanism.expected_batch_size for mechanism in mechanisms]
-        of_client = torch.tensor([deviations, expected], dtype=sums[0].dtype, device=squared.device)
+        of_client = torch.tensor([deviations, expected], dtype=torch.float64, device=squared.device)
         for summed, drawn in zip(sums, draws.noise(sums), strict=True):
             deviation, size = (row.view(-1, *[1] * (summed.dim() - 1)) for row in of_client)
-            summed.addcmul_(drawn.to(summed.dtype), deviation).div_(size)
+            # Scaled before it is rounded: in a short type sigma times C could come out smaller.
+            summed.add_(drawn.mul_(deviation).to(summed.dtype)).div_(size.to(summed.dtype))
         return sums
 
     def _sums(

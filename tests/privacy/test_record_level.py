@@ -79,8 +79,9 @@ def test_epsilon_is_that_of_all_rounds_a_client_took_part_in(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_workers_are_paid_for_once_and_give_the_same_bits(tmp_path) -> None:
-    one = play(tmp_path / "one", *PRIVATE, FOR_TESTS)
-    two = play(tmp_path / "two", *PRIVATE, FOR_TESTS, "engine.workers=2")
+    alone = (*PRIVATE, FOR_TESTS, "engine.vectorize=false")
+    one = play(tmp_path / "one", *alone)
+    two = play(tmp_path / "two", *alone, "engine.workers=2")
     assert summary_of(one)["model_hash"] == summary_of(two)["model_hash"]
     assert rounds_of(one) == rounds_of(two)
     assert len(entries(one)) == len(entries(two)) == sum(participations(one).values())
