@@ -12,7 +12,7 @@ from fl_app.local_optimizer import steps_elementwise
 from fl_app.objective import is_elementwise
 from fl_app.stacked.layer import NotStackableError
 from fl_app.stacked.probe import Stackable, stackable
-from fl_app.types import Examples, PrivacyUnit
+from fl_app.types import Examples
 
 HEAVY_FLOPS = 5e8
 """Operations of one client's step above which asking for them no longer is what takes the time."""
@@ -61,7 +61,7 @@ def cohort_trainer(
             raise
         except Exception as error:  # of the model's own code, which training may never reach
             raise NotStackableError(f"{type(error).__name__}: {error}") from error
-    private = components.privacy.unit is PrivacyUnit.RECORD and _clips_records(components)
+    private = _clips_records(components)
     found = stackable(model, task.losses, examples, private=private)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES if device.type == "cpu" else _free_bytes(device) // 4

@@ -107,7 +107,6 @@ class LocalEngine:
             ConfigError: The clients cannot be trained as they are told to be.
         """
         components = build(str(run_config["config-json"]))
-        torch.set_num_threads(self.threads)
         try:
             trainer = self._trainer(components)
         except NotStackableError as error:

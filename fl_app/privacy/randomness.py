@@ -55,10 +55,8 @@ class PrivacyRandomness(Protocol):
         """Return Gaussian noise of mean 0: shape, type and device of ``like``."""
         ...
 
-    def coins(
-        self, count: int, *, heads: float | _Doubles
-    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Return ``count`` independent coins, each True with probability ``heads`` or its own."""
+    def coins(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Return ``count`` independent coins, each True with probability ``heads``."""
         ...
 
     def positions(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -182,11 +180,9 @@ class KeyedRandomness:
         words >>= 64 - 53
         return words
 
-    def coins(
-        self, count: int, *, heads: float | _Doubles
-    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Return ``count`` independent coins, each True with probability ``heads`` or its own."""
-        return self._fractions(count) < np.ceil(np.asarray(heads) * 2.0**53).astype(np.uint64)
+    def coins(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Return ``count`` independent coins, each True with probability ``heads``."""
+        return self._fractions(count) < math.ceil(heads * 2**53)
 
     def positions(self, count: int, *, heads: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return where heads lie among ``count`` coins, ascending; for ``heads`` in (0, 1].

@@ -52,6 +52,18 @@ class Entry:
         )
 
 
+def norms(tape: Sequence[Entry]) -> tuple[Tensor, list[tuple[StackedLayer, Reduce]]]:
+    """Return the squared norm of each record's gradient over all layers, and how to sum them."""
+    had = [(entry.layer, *entry.per_record()) for entry in tape]
+    squared = torch.stack([of_layer for _, of_layer, _ in had]).sum(0)
+    return squared, [(layer, reduce) for layer, _, reduce in had]
+
+
+def along(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """Return numbers in a shape that goes along the first dimensions of a tensor."""
+    return numbers.view(*numbers.shape, *[1] * (tensor.dim() - numbers.dim()))
+
+
 @dataclass(kw_only=True)
 class Pass:
     """What the layers of a model are told of the coming pass.

@@ -19,10 +19,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fl_app.stacked.layer import NotStackableError, Pass, Reduce, StackedLayer
+from fl_app.stacked.layer import NotStackableError, Pass, Reduce, StackedLayer, along
 
 
-class StackedLinear(StackedLayer):
+class _Multiplying(StackedLayer):
+    """A layer that multiplies what it sees at each position by a matrix, and may add a bias."""
+
+    def _by_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what was seen, ``(n * groups, q, l)``, and pulled, ``(n * groups, p, l)``."""
+        raise NotImplementedError
+
+    def per_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Reduce]:
+        """Return squared norms of the products, without making them where that is less."""
+        n, has_bias = len(d), len(self.weights) > 1
+        inputs, pulled = self._by_record(kept, d)
+        squared, made = _squared_norms(inputs, pulled)
+        squared = squared.view(n, -1).sum(1)
+        if has_bias:
+            of_bias = pulled.sum(2).reshape(n, -1)  # (n, p)
+            squared = squared + of_bias.square().sum(1)
+
+        def reduce(factors: Tensor) -> Sequence[Tensor]:
+            if made is None:
+                return self.gradients(kept, d * along(factors, d))
+            sums = _weighted_sum(factors, made.view(n, -1), self.clients)
+            of_weight = sums.view(self.weights[0].shape)
+            if not has_bias:
+                return (of_weight,)
+            return of_weight, _weighted_sum(factors, of_bias, self.clients)
+
+        return squared, reduce
+
+
+class StackedLinear(_Multiplying):
     """``nn.Linear``: ``(n, *, q) -> (n, *, p)``."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,26 +89,13 @@ class StackedLinear(StackedLayer):
         if bias:
             bias[0].add_(rows.sum(1), alpha=-rate)
 
-    def per_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Reduce]:
-        """Return squared norms of outer products, without making them where that is less."""
+    def _by_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
         n = len(d)
         inputs, pulled = kept[0].view(n, -1, kept[0].shape[-1]), d.reshape(n, -1, d.shape[-1])
-        squared, made = _squared_norms(inputs.transpose(1, 2), pulled.transpose(1, 2))
-        has_bias = len(self.weights) > 1
-        if has_bias:
-            of_bias = pulled.sum(1)  # (n, p)
-            squared = squared + of_bias.square().sum(1)
-
-        def reduce(factors: Tensor) -> Sequence[Tensor]:
-            if made is None:
-                return self.gradients(kept, d * _along(factors, d))
-            sums = [_weighted_sum(factors, made, self.clients)]
-            return [*sums, _weighted_sum(factors, of_bias, self.clients)] if has_bias else sums
-
-        return squared, reduce
+        return inputs.transpose(1, 2), pulled.transpose(1, 2)
 
 
-class StackedConv(StackedLayer):
+class StackedConv(_Multiplying):
     """``nn.Conv1d/2d/3d`` padded with zeros, as matrix products over unfolded inputs.
 
     Args:
@@ -154,35 +170,16 @@ class StackedConv(StackedLayer):
         pulled = d.reshape(a, len(d) // a, d.shape[1], -1)
         return sums, pulled.sum((1, 3))
 
-    def per_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Reduce]:
-        """Return squared norms, of the gradients themselves where they are small enough."""
-        n = len(d)
-        pulled = d.reshape(n * self._groups, d.shape[1] // self._groups, -1)
-        squared, made = _squared_norms(kept[0], pulled)
-        squared = squared.view(n, self._groups).sum(1)
-        has_bias = len(self.weights) > 1
-        if has_bias:
-            of_bias = d.reshape(n, d.shape[1], -1).sum(2)
-            squared = squared + of_bias.square().sum(1)
-
-        def reduce(factors: Tensor) -> Sequence[Tensor]:
-            if made is None:
-                return self.gradients(kept, d * _along(factors, d))
-            sums = _weighted_sum(factors, made.view(n, -1), self.clients)
-            of_weight = sums.view(self.weights[0].shape)
-            if not has_bias:
-                return (of_weight,)
-            return of_weight, _weighted_sum(factors, of_bias, self.clients)
-
-        return squared, reduce
+    def _by_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
+        return kept[0], d.reshape(len(kept[0]), -1, kept[0].shape[2])
 
     def blank(self, kept: Sequence[Tensor], records: Tensor) -> Sequence[Tensor]:
         """Return the unfolded inputs with zeros for some records."""
         return [*super().blank(kept[:1], records), kept[1]]
 
     def _made(self, kept: Sequence[Tensor], d: Tensor) -> Tensor:
-        pulled = d.reshape(len(kept[0]), -1, kept[0].shape[2])
-        return torch.bmm(pulled, kept[0].transpose(1, 2))  # (n * groups, p / groups, q)
+        inputs, pulled = self._by_record(kept, d)
+        return torch.bmm(pulled, inputs.transpose(1, 2))  # (n * groups, p / groups, q)
 
     def _matrices(self, weight: Tensor, n: int) -> Tensor:
         a, p = weight.shape[:2]
@@ -308,7 +305,7 @@ class StackedEmbedding(StackedLayer):
         # client. Added, for else a recording would leave it out.
         in_range = functional.embedding(x, weights[0].new_zeros(count, 1))
         shift = torch.arange(0, a * count, count, device=x.device).repeat_interleave(len(x) // a)
-        rows = x + _along(shift, x)
+        rows = x + along(shift, x)
         return weights[0].reshape(a * count, width)[rows] + in_range, (rows,)
 
     def gradients(self, kept: Sequence[Tensor], d: Tensor) -> Sequence[Tensor]:
@@ -325,9 +322,7 @@ class StackedEmbedding(StackedLayer):
         equal = rows.unsqueeze(1) == rows.unsqueeze(2)
         precise = pulled.double()  # as in `_squared_norms`
         squared = (torch.bmm(precise, precise.transpose(1, 2)) * equal).sum((1, 2)).clamp_min_(0)
-        return squared.to(pulled.dtype), lambda factors: self.gradients(
-            kept, d * _along(factors, d)
-        )
+        return squared.to(pulled.dtype), lambda factors: self.gradients(kept, d * along(factors, d))
 
     def blank(self, kept: Sequence[Tensor], records: Tensor) -> Sequence[Tensor]:
         """Return the numbers as they are: they multiply nothing."""
@@ -374,11 +369,6 @@ def _weighted_sum(factors: Tensor, made: Tensor, clients: int) -> Tensor:
     flat = made.reshape(clients, len(made) // clients, -1)
     sums = torch.bmm(factors.view(clients, 1, -1), flat)
     return sums.view(clients, *made.shape[1:])
-
-
-def _along(factors: Tensor, tensor: Tensor) -> Tensor:
-    """Return ``(n,)`` numbers in a shape that goes along the first dimension of a tensor."""
-    return factors.view(-1, *([1] * (tensor.dim() - 1)))
 
 
 def _paddings(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:

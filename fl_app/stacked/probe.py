@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fl_app.stacked.layer import NotStackableError
+from fl_app.stacked.layer import NotStackableError, norms
 from fl_app.stacked.model import StackedModel
 from fl_app.types import Examples
 
@@ -319,9 +319,8 @@ def per_record(
     """Return squared norms of records' gradients ``(n,)``, and sums of these times factors."""
     with stacked.taping() as tape:  # the forward pass as well: mapped layers go another way then
         torch.autograd.grad(losses().sum(), weights, allow_unused=True)
-    entries = [(entry.layer, *entry.per_record()) for entry in tape]
-    squared = torch.stack([norms for _, norms, _ in entries]).sum(0)
-    return squared, stacked.by_name([(layer, reduce(factors)) for layer, _, reduce in entries])
+    squared, reduced = norms(tape)
+    return squared, stacked.by_name([(layer, reduce(factors)) for layer, reduce in reduced])
 
 
 def _same(made: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> bool:

@@ -58,8 +58,7 @@ class Programs:
         key = tuple([(tensor.shape, tensor.dtype) for tensor in tensors])
         program = self._programs.get(key)
         if program is not None:
-            with torch.no_grad():
-                return program(*tensors)
+            return program(*tensors)
         count, taken_s = self._seen.get(key, (0, 0.0))
         due = count >= RECORDED_AFTER and taken_s >= self._recording_s
         if due and len(self._programs) < MOST_PROGRAMS:
@@ -71,16 +70,9 @@ class Programs:
 
     def _record(self, key: Any, tensors: Sequence[Tensor]) -> None:
         began = time.perf_counter()
-        recorded = _recorded(self._step, tensors)
-        if recorded is not None:
-            self._programs[key] = recorded
-        else:  # not to be tried again
-            self._programs[key] = self._unrecorded
+        # The step itself where it cannot be recorded: that is not to be tried again.
+        self._programs[key] = _recorded(self._step, tensors) or self._step
         self._recording_s = time.perf_counter() - began
-
-    def _unrecorded(self, *tensors: Tensor) -> Sequence[Tensor]:
-        with torch.enable_grad():
-            return self._step(*tensors)
 
 
 def _recorded(step: Step, tensors: Sequence[Tensor]) -> Step | None:
@@ -115,7 +107,10 @@ def _recorded(step: Step, tensors: Sequence[Tensor]) -> Step | None:
     finally:  # when a step is recorded must not show in what is drawn after it
         torch.default_generator.set_state(before)
     pairs = zip([*played, *own[2]], [*expected, *own[3]], strict=True)
-    return recorded if all(_same_bits(one, other) for one, other in pairs) else None
+    if not all(_same_bits(one, other) for one, other in pairs):
+        return None
+    without_gradients: Step = torch.no_grad()(recorded)
+    return without_gradients
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fl_app.stacked.layer import NotStackableError, Pass, Reduce, StackedLayer
+from fl_app.stacked.layer import NotStackableError, Pass, Reduce, StackedLayer, along
 
 
 class VmappedLayer(StackedLayer):
@@ -106,7 +106,7 @@ class VmappedLayer(StackedLayer):
         all_made = self._made(kept[0], d)  # each (a, b, *shape)
         if len(kept) > 1:
             blanked = kept[1].view(len(all_made[0]), -1)
-            all_made = [made.masked_fill(_along(blanked, made), 0) for made in all_made]
+            all_made = [made.masked_fill(along(blanked, made), 0) for made in all_made]
         squared = torch.stack([_flat(made).square().sum(2) for made in all_made]).sum(0)
 
         def reduce(factors: Tensor) -> Sequence[Tensor]:
@@ -152,10 +152,6 @@ class VmappedLayer(StackedLayer):
 
 def _split(tensor: Tensor, clients: int) -> Tensor:
     return tensor.reshape(clients, len(tensor) // clients, *tensor.shape[1:])
-
-
-def _along(records: Tensor, made: Tensor) -> Tensor:
-    return records.view(*records.shape, *[1] * (made.dim() - records.dim()))
 
 
 def _flat(made: Tensor) -> Tensor:
