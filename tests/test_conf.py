@@ -20,8 +20,8 @@ GROUPS = sorted(
 )
 
 # Choices that need another choice beside them: a natural partition needs a task with owners, a
-# generated one needs a task that generates, privacy a plan; they are built in tests of their own.
-NEEDS_COMPANY = {"partition/natural", "partition/generated"}
+# generated one needs a task that generates, a table a file; they are built in tests of their own.
+NEEDS_COMPANY = {"partition/natural", "partition/generated", "task/table"}
 
 SMALLER = {
     "partition/exponential": ["partition.num_clients=4"],

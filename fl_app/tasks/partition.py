@@ -191,6 +191,23 @@ class Natural(PooledPartition):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneOwner(PooledPartition):
+    """All records are one client's own: those of a deployed site, which puts this in place.
+
+    Attributes:
+        client: Its name.
+    """
+
+    way_out = "Give the site at least one record."
+
+    client: str
+
+    def deal(self, pooled: PooledExamples, seed: int) -> Mapping[ClientId, Tensor]:
+        """Return the numbers of all training records: int64, shape ``(k,)``."""
+        return {self.client: torch.arange(len(pooled.train))}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generated:
     """Clients "0", "1", ... whose records the task makes when they are first asked for.
 
