@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from flwr.app import Message
 
 from fl_app.arrays import MalformedReplyError
-from fl_app.codec import failure_of
 from fl_app.directory import Cohort
+from fl_app.failures import failure_of
 from fl_app.foreign import Replies
 from fl_app.types import (
     ClientId,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fl_app.ledger_cli import ledger_cli
+from fl_app.site_cli import site_cli
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,6 +31,7 @@ cli = typer.Typer(
     help="Federated learning on Flower: one app for simulation and deployment.",
 )
 cli.add_typer(ledger_cli, name="ledger")
+cli.add_typer(site_cli, name="site")
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 _JSON = Annotated[
     bool,

@@ -26,14 +26,13 @@ from typing import Any, TypeVar, cast
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
-    Error,
     Message,
     MessageType,
     MetricRecord,
     RecordDict,
 )
-from flwr.common.constant import ErrorCode
 
+from fl_app import __version__
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
 from fl_app.params import num_bytes
 from fl_app.types import (
@@ -42,7 +41,7 @@ from fl_app.types import (
     ClientId,
     ClientUpdate,
     Evaluation,
-    FailureKind,
+    FlAppError,
     Params,
     TrainInstruction,
 )
@@ -52,25 +51,10 @@ _ROUND, _NUM_EXAMPLES, _TEST_NUM_EXAMPLES = "server-round", "num-examples", "tes
 _TRAIN, _TEST = "train-", "test-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
 _MOST_METRICS, _LONGEST_NAME, _MOST_LABELS = 64, 64, 10_000
-_RUN, _RUN_DIR, _MAX_NORM = "run", "run-dir", "max-norm"
+_RUN, _RUN_DIR, _MAX_NORM, _VERSION = "run", "run-dir", "max-norm", "fl-app"
 _PRIVACY, _SPENT, _EPSILON = "privacy", "epsilon-spent", "epsilon"
 _DELTA, _ROUNDS_LEFT = "delta", "rounds-left"
-_REFUSED_CODE = 9_001  # beyond Flower's own codes: the client declines, and knows why
 _R = TypeVar("_R", ArrayRecord, MetricRecord, ConfigRecord)
-
-_FAILURE_KINDS = {
-    ErrorCode.NODE_UNAVAILABLE: FailureKind.OFFLINE,
-    ErrorCode.MESSAGE_UNAVAILABLE: FailureKind.TIMEOUT,
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureKind.TIMEOUT,
-    _REFUSED_CODE: FailureKind.REFUSED,
-}
-
-_CODES: dict[str, int] = {
-    "ClientTimeoutError": ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-    "BudgetExhaustedError": _REFUSED_CODE,
-    "PolicyError": _REFUSED_CODE,
-}
-"""Error codes by the names of exceptions that are not plain failures."""
 
 
 # Server side --------------------------------------------------------------------------------------
@@ -96,7 +80,7 @@ def ask_to_clip(config: ConfigRecord, max_norm: float) -> None:
 
 def instruction(arrays: ArrayRecord, config: ConfigRecord, *, round: int) -> RecordDict:
     """Return what an instruction carries: the model, and the configuration with the round in it."""
-    config[_ROUND] = round
+    config[_ROUND], config[_VERSION] = round, __version__
     return RecordDict({_ARRAYS: arrays, _CONFIG: config})
 
 
@@ -124,23 +108,6 @@ def _messages(
         Message(content, node, message_type, ttl=ttl, group_id=str(round))
         for node, content in contents.items()
     ]
-
-
-def failure_of(reply: Message) -> tuple[FailureKind, str] | None:
-    """Return why a reply carries no content, in one line, or None if it carries some."""
-    if not reply.has_error():
-        return None
-    return _failure(reply.error.code, reply.error.reason or "")
-
-
-def failure_from(error: Exception) -> tuple[FailureKind, str]:
-    """Return what `failure_of` says of the reply that a client gives on an error."""
-    return _failure(*_code_and_reason(error))
-
-
-def _failure(code: int, reason: str) -> tuple[FailureKind, str]:
-    lines = reason.strip().splitlines() or ["no reason given"]
-    return _FAILURE_KINDS.get(code, FailureKind.ERROR), lines[-1][:500]
 
 
 def decode_update(reply: Message, client: ClientId) -> ClientUpdate:
@@ -296,12 +263,16 @@ def _decode_budget(reply: Message) -> Budget | None:
 _last_model: tuple[ArrayRecord, Params] | None = None
 
 
-def decode_model(instruction: Message) -> Params:
+def decode_model(content: RecordDict) -> Params:
     """Return the model in a training or evaluation instruction; do not write to it.
 
     In process all clients of a round get the very same record, which is decoded once.
     """
-    return _decode_model_content(instruction.content)
+    global _last_model
+    arrays = cast(ArrayRecord, content[_ARRAYS])
+    if _last_model is None or _last_model[0] is not arrays:
+        _last_model = (arrays, decode_params(arrays))
+    return _last_model[1]
 
 
 def encode_model(params: Params) -> ArrayRecord:
@@ -312,28 +283,46 @@ def encode_model(params: Params) -> ArrayRecord:
     return arrays
 
 
-def _decode_model_content(content: RecordDict) -> Params:
-    global _last_model
-    arrays = cast(ArrayRecord, content[_ARRAYS])
-    if _last_model is None or _last_model[0] is not arrays:
-        _last_model = (arrays, decode_params(arrays))
-    return _last_model[1]
-
-
-def decode_instruction(instruction: Message) -> TrainInstruction:
-    """Return what the server asks of a client."""
+def patience_of(instruction: Message) -> float:
+    """Return for how many seconds yet the server waits for an answer."""
     metadata = instruction.metadata
-    patience = metadata.created_at + metadata.ttl - time.time()
-    return decode_content(instruction.content, deadline_s=patience)
+    return metadata.created_at + metadata.ttl - time.time()
 
 
-def decode_content(content: RecordDict, *, deadline_s: float | None) -> TrainInstruction:
+class VersionError(FlAppError):
+    """Server and site run versions of fl-app that do not understand one another."""
+
+
+def check_version(content: RecordDict) -> None:
+    """Refuse an instruction of a server whose fl-app differs in more than the last number.
+
+    Raises:
+        VersionError: It does.
+    """
+    config = content.get(_CONFIG)
+    told = config.get(_VERSION) if isinstance(config, ConfigRecord) else None
+    if isinstance(told, str) and told.split(".")[:2] != __version__.split(".")[:2]:
+        raise VersionError(
+            f"the server runs fl-app {told[:20]} and this site {__version__}: upgrade the older "
+            "one; versions that differ in the last number alone work together."
+        )
+
+
+def described(kind: str, content: RecordDict) -> str:
+    """Return what a message asks in a few words, for a site's log."""
+    config = content.get(_CONFIG)
+    if not isinstance(config, ConfigRecord):
+        return kind
+    return f"{kind} in round {config.get(_ROUND)!r:.20} of run {config.get(_RUN)!r:.24}"
+
+
+def decode_instruction(content: RecordDict, *, deadline_s: float | None) -> TrainInstruction:
     """Return what a training instruction says, to whomever it is sent."""
     config = cast(ConfigRecord, content[_CONFIG])
     max_norm = config.get(_MAX_NORM)
     return TrainInstruction(
         round=cast(int, config[_ROUND]),
-        params=_decode_model_content(content),
+        params=decode_model(content),
         run=str(config.get(_RUN, ""))[:_LONGEST_NAME],
         deadline_s=deadline_s,
         max_norm=max_norm if isinstance(max_norm, float) and 0 < max_norm < math.inf else None,
@@ -341,7 +330,7 @@ def decode_content(content: RecordDict, *, deadline_s: float | None) -> TrainIns
     )
 
 
-def update_reply(instruction: Message, update: ClientUpdate) -> Message:
+def encode_update(update: ClientUpdate) -> RecordDict:
     """Return the reply that carries an update."""
     metrics: dict[str, int | float] = {_NUM_EXAMPLES: update.num_examples}
     metrics |= {f"{_TRAIN}{name.replace('_', '-')}": v for name, v in update.metrics.items()}
@@ -351,34 +340,23 @@ def update_reply(instruction: Message, update: ClientUpdate) -> Message:
     )
     if update.budget is not None:
         content[_PRIVACY] = _encode_budget(update.budget)
-    return Message(content, reply_to=instruction)
+    return content
 
 
-def evaluation_reply(instruction: Message, evaluation: Evaluation) -> Message:
+def encode_evaluation(evaluation: Evaluation) -> RecordDict:
     """Return the reply that carries an evaluation."""
     metrics = {_NUM_EXAMPLES: evaluation.num_examples} | _encode_evaluation(evaluation)
-    return Message(RecordDict({_METRICS: MetricRecord(dict(metrics))}), reply_to=instruction)
+    return RecordDict({_METRICS: MetricRecord(dict(metrics))})
 
 
-def description_reply(instruction: Message, told: ClientDescription) -> Message:
+def encode_description(told: ClientDescription) -> RecordDict:
     """Return the reply that carries what a client tells about itself."""
     config = ConfigRecord({_CLIENT_ID: told.client})
     if told.num_examples is not None:
         config[_NUM_EXAMPLES] = told.num_examples
     if told.label_counts is not None:
         config[_LABEL_COUNTS] = list(told.label_counts)
-    return Message(RecordDict({_CLIENT: config}), reply_to=instruction)
-
-
-def error_reply(instruction: Message, error: BaseException) -> Message:
-    """Return the reply of a client that failed; as Flower's own runtimes give it."""
-    code, reason = _code_and_reason(error)
-    return Message(Error(code=code, reason=reason), reply_to=instruction)
-
-
-def _code_and_reason(error: BaseException) -> tuple[int, str]:
-    name = type(error).__name__
-    return _CODES.get(name, ErrorCode.CLIENT_APP_RAISED_EXCEPTION), f"{name}: {error}"
+    return RecordDict({_CLIENT: config})
 
 
 def _encode_budget(budget: Budget) -> ConfigRecord:

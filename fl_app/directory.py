@@ -14,7 +14,8 @@ from typing import Protocol, runtime_checkable
 from flwr.serverapp import Grid
 
 from fl_app.arrays import MalformedReplyError
-from fl_app.codec import decode_description, failure_of, query_messages
+from fl_app.codec import decode_description, query_messages
+from fl_app.failures import failure_of
 from fl_app.types import (
     ClientDescription,
     ClientId,

@@ -124,7 +124,7 @@ def _source(path: Path, delta: float | None, accountant: str | None) -> _Source:
     from fl_app.errors import ConfigError
     from fl_app.privacy.accounting import accountant_named
     from fl_app.privacy.ledger import LEDGER_NAME, Ledger
-    from fl_app.privacy.policy import read_policy
+    from fl_app.privacy.policy_file import read_policy
 
     policy = read_policy(path) if path.suffix in (".yaml", ".yml") else None
     if policy is not None:
@@ -137,7 +137,7 @@ def _source(path: Path, delta: float | None, accountant: str | None) -> _Source:
             "ledger, the folder of a run with privacy, or a policy file (.yaml)."
         )
     if delta is None:
-        delta = policy.delta if policy is not None else DEFAULT_DELTA
+        delta = policy.terms.delta if policy is not None else DEFAULT_DELTA
     if not 0 < delta < 1:
         raise ConfigError(f"--delta={delta} must lie between 0 and 1, such as 1e-5.")
     name = accountant or (policy.accountant if policy is not None else "rdp")

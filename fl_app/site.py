@@ -1,13 +1,12 @@
 """Who guards the records of this process's clients: their owner's policy, or a simulation's terms.
 
-A deployed client finds its owner's policy where the person who started it said, never where a
-configuration says: that comes from the server. Simulated clients have no owner but whoever runs
-them, so the configuration is their policy.
+A deployed client is served by its site's own worker, which was started with its owner's policy: no
+configuration can name another, since that comes from the server. Simulated clients have no owner
+but whoever runs them, so the configuration is their policy.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -18,12 +17,9 @@ from fl_app.privacy.accounting import accountant_named
 from fl_app.privacy.base import Guard, PolicyError, Privacy
 from fl_app.privacy.guard import LedgerGuard, OpenGuard, guard_of
 from fl_app.privacy.ledger import LEDGER_NAME, Ledger
-from fl_app.privacy.policy import Policy, Terms, read_policy
+from fl_app.privacy.policy import Policy, Terms
 from fl_app.privacy.randomness import Source
 from fl_app.types import ClientId, ConfigError, Examples, PrivacyUnit
-
-POLICY = "FL_APP_POLICY"
-"""Environment variable that names a site's policy, unless its node config does."""
 
 
 class Site(Protocol):
@@ -67,6 +63,11 @@ class SimulatedSite:
     data_set: str
     _guards: dict[str, Guard] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @classmethod
+    def dealt(cls, privacy: Privacy, *, task: str, dealt: str) -> SimulatedSite:
+        """Return the site of clients whose records depend on these settings of a task."""
+        return cls(privacy=privacy, data_set=f"{task}-{sha256(dealt.encode()).hexdigest()[:8]}")
+
     def guard(self, run_dir: str | None) -> Guard:
         """Return who admits a round, from a ledger in the run's folder or the one configured."""
         if self.privacy.unit is PrivacyUnit.NONE:
@@ -104,15 +105,15 @@ class SimulatedSite:
 
 @dataclass(frozen=True, kw_only=True)
 class DeployedSite:
-    """A client whose owner has written a policy, or has none and trains without privacy.
+    """A client under the policy that its owner wrote.
 
     Attributes:
         privacy: What the server asks.
-        policy: The owner's, or None.
+        policy: The owner's.
     """
 
     privacy: Privacy
-    policy: Policy | None
+    policy: Policy
     _guard: list[Guard] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -120,12 +121,6 @@ class DeployedSite:
             raise PolicyError(
                 "privacy.randomness=reproducible_for_tests promises no privacy: a deployed client "
                 "draws its noise in secret. Set privacy.randomness=secret."
-            )
-        if self.policy is None and self.privacy.unit is not PrivacyUnit.NONE:
-            raise PolicyError(
-                f"privacy={self.privacy.unit} needs a policy of the data's owner, which holds the "
-                f"budget and names the ledger: set {POLICY}=PATH where this client is started, or "
-                "policy=PATH in its --node-config. PRIVACY.md shows one."
             )
 
     def guard(self, run_dir: str | None) -> Guard:
@@ -135,23 +130,21 @@ class DeployedSite:
         return self._guard[0]
 
     def _made(self) -> Guard:
-        if self.policy is None:
-            return OpenGuard()
         guard, asked = guard_of(self.policy), self.privacy.limit
+        if not isinstance(guard, LedgerGuard) or asked is None:
+            return guard
         allowed = guard.terms.epsilon
-        if asked is None or (allowed is not None and allowed <= asked):
+        if allowed is not None and allowed <= asked:
             return guard
         return replace(guard, terms=replace(guard.terms, epsilon=asked))
 
     def may_tell(self) -> Collection[str]:
         """Return what both the server asks to be public and the owner has declared so."""
-        if self.policy is None:
-            return self.privacy.public
         return frozenset(self.privacy.public) & frozenset(map(str, self.policy.public))
 
     def tells_budget(self) -> bool:
         """Return what the policy says."""
-        return self.policy is not None and self.policy.share_budget
+        return self.policy.share_budget
 
     def account(self, client: ClientId) -> ClientId:
         """Return one name for whatever a server calls this client: the policy's data set counts."""
@@ -159,39 +152,7 @@ class DeployedSite:
 
     def check_records(self, train: Examples) -> None:
         """Compare them with what the policy says of them. Raises `PolicyError`."""
-        if self.policy is None:
-            return
         try:
             self.policy.check_records(train)
         except ConfigError as error:
             raise PolicyError(str(error)) from error
-
-
-def site_of(
-    privacy: Privacy, *, task: str, dealt: str, policy: str | None, simulated: bool
-) -> Site:
-    """Return the side of the records in this process.
-
-    Args:
-        privacy: What is asked.
-        task: Name of the task.
-        dealt: What the records of each client depend on, such as partition and seed.
-        policy: Path of the owner's policy that the node was started with, or None.
-        simulated: Whether the clients are.
-
-    Raises:
-        ConfigError: The policy cannot be used.
-        PolicyError: What is asked cannot be done without one.
-    """
-    if simulated:
-        return SimulatedSite(
-            privacy=privacy, data_set=f"{task}-{sha256(dealt.encode()).hexdigest()[:8]}"
-        )
-    path = os.environ.get(POLICY) if policy is None else policy
-    if path == "":
-        raise PolicyError(f"{POLICY} is set and empty: name the policy's file, or unset it.")
-    try:
-        found = read_policy(Path(path), task=task) if path else None
-    except ConfigError as error:
-        raise PolicyError(f"the policy of this site cannot be used: {error}") from error
-    return DeployedSite(privacy=privacy, policy=found)

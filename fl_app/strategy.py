@@ -20,7 +20,7 @@ from fl_app.algorithm import Algorithm, ServerState, Step, hides_clients
 from fl_app.answers import Answers
 from fl_app.arrays import MalformedReplyError
 from fl_app.codec import (
-    decode_content,
+    decode_instruction,
     encode_model,
     evaluate_messages,
     instruction,
@@ -210,7 +210,7 @@ class FederatedStrategy(Strategy):
         ours = isinstance(self._replies, OurReplies)
         if not (told and alike and ours and isinstance(grid, TrainsCohorts)):
             return None
-        instruction = decode_content(told[0], deadline_s=self._selector.round_timeout_s)
+        instruction = decode_instruction(told[0], deadline_s=self._selector.round_timeout_s)
         return grid.cohort([self._asked[node] for node in contents], instruction)
 
     def evaluate_clients(

@@ -29,6 +29,7 @@ from torch import Tensor
 from fl_app import codec
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
 from fl_app.engines.local import adopt_identity
+from fl_app.failures import error_reply, failure_of
 from fl_app.training import ClientTimeoutError
 from fl_app.types import ClientDescription, ClientUpdate, Evaluation, FailureKind
 
@@ -250,7 +251,7 @@ def test_an_update_survives_the_way_through_a_message(count, metrics, test, pick
         metrics=metrics,
         evaluation=evaluation,
     )
-    reply = codec.update_reply(instruction(), sent)
+    reply = Message(codec.encode_update(sent), reply_to=instruction())
     received = codec.decode_update(carried(reply) if pickled else reply, "a")
     assert (received.client, received.round) == ("a", 7)
     assert received.num_examples == count
@@ -264,17 +265,17 @@ def test_an_update_survives_the_way_through_a_message(count, metrics, test, pick
 @given(st.integers(1, 10**9), FIGURES)
 def test_an_evaluation_survives_the_way_through_a_message(count, metrics) -> None:
     sent = Evaluation(num_examples=count, metrics=metrics)
-    reply = codec.evaluation_reply(instruction(MessageType.EVALUATE), sent)
+    reply = Message(codec.encode_evaluation(sent), reply_to=instruction(MessageType.EVALUATE))
     assert codec.decode_evaluation(carried(reply)) == sent
 
 
 def test_what_is_no_plain_finite_figure_is_left_out() -> None:
     figures = {"loss": 1.0, "a": math.nan, "b": math.inf, "c" * 65: 1.0, "<script>": 1.0}
     sent = Evaluation(num_examples=3, metrics=figures)
-    reply = codec.evaluation_reply(instruction(MessageType.EVALUATE), sent)
+    reply = Message(codec.encode_evaluation(sent), reply_to=instruction(MessageType.EVALUATE))
     assert codec.decode_evaluation(reply).metrics == {"loss": 1.0}
     many = Evaluation(num_examples=3, metrics={f"m{i}": 1.0 for i in range(10_000)})
-    reply = codec.evaluation_reply(instruction(MessageType.EVALUATE), many)
+    reply = Message(codec.encode_evaluation(many), reply_to=instruction(MessageType.EVALUATE))
     assert len(codec.decode_evaluation(reply).metrics) <= 64
 
 
@@ -283,20 +284,26 @@ def test_a_description_survives_the_way_through_a_message(counts) -> None:
     told = ClientDescription(client="Klinik Süd/2", num_examples=12, label_counts=counts)
     (question,) = codec.query_messages([3], ttl=5.0)
     assert question.metadata.message_type == MessageType.QUERY
-    assert codec.decode_description(carried(codec.description_reply(question, told))) == told
+    assert (
+        codec.decode_description(
+            carried(Message(codec.encode_description(told), reply_to=question))
+        )
+        == told
+    )
 
 
 @pytest.mark.parametrize("counts", [[-1, 2], [0.5], ["3"], [1] * 10_001], ids=lambda c: f"{c[:2]}")
 def test_label_counts_that_cannot_be_counts_are_left_out(counts) -> None:
     (question,) = codec.query_messages([3], ttl=5.0)
     told = ClientDescription(client="a", num_examples=12, label_counts=(1,))
-    reply = codec.description_reply(question, told)
+    reply = Message(codec.encode_description(told), reply_to=question)
     reply.content["client"]["label-counts"] = counts
     assert codec.decode_description(reply) == ClientDescription(client="a", num_examples=12)
 
 
 def test_an_instruction_survives_the_way_through_a_message() -> None:
-    received = codec.decode_instruction(carried(instruction(ttl=60.0)))
+    message = carried(instruction(ttl=60.0))
+    received = codec.decode_instruction(message.content, deadline_s=codec.patience_of(message))
     assert received.round == 7
     assert received.params["w"].tolist() == [1.0, 2.0]
     assert 55 < received.deadline_s <= 60
@@ -305,7 +312,7 @@ def test_an_instruction_survives_the_way_through_a_message() -> None:
 def test_an_instruction_that_has_waited_has_less_time_left() -> None:
     message = instruction(ttl=60.0)
     message.metadata.__dict__["_created_at"] = time.time() - 100
-    assert codec.decode_instruction(message).deadline_s == pytest.approx(-40, abs=5)
+    assert codec.patience_of(message) == pytest.approx(-40, abs=5)
 
 
 def test_instructions_of_a_round_share_one_model_and_are_numbered_by_node() -> None:
@@ -316,21 +323,23 @@ def test_instructions_of_a_round_share_one_model_and_are_numbered_by_node() -> N
     assert {m.metadata.group_id for m in messages} == {"3"}
     assert {m.metadata.ttl for m in messages} == {9.0}
     assert messages[0].content["arrays"] is messages[1].content["arrays"]
-    assert codec.decode_model(messages[0])["w"] is codec.decode_model(messages[1])["w"]
+    assert (
+        codec.decode_model(messages[0].content)["w"] is codec.decode_model(messages[1].content)["w"]
+    )
 
 
 def test_a_model_is_decoded_anew_once_another_record_comes() -> None:
     zero = encode_params({"w": torch.zeros(1)})
     content = codec.instruction(zero, ConfigRecord(), round=1)
     (first,) = codec.train_messages({1: content}, round=1, ttl=9.0)
-    assert codec.decode_model(first)["w"].tolist() == [0.0]
-    assert codec.decode_model(instruction())["w"].tolist() == [1.0, 2.0]
-    assert codec.decode_model(first)["w"].tolist() == [0.0]
+    assert codec.decode_model(first.content)["w"].tolist() == [0.0]
+    assert codec.decode_model(instruction().content)["w"].tolist() == [1.0, 2.0]
+    assert codec.decode_model(first.content)["w"].tolist() == [0.0]
 
 
 def test_flowers_own_aggregation_can_read_an_update() -> None:
     sent = ClientUpdate(client="a", round=7, delta={"w": torch.ones(1)}, num_examples=3)
-    content = codec.update_reply(instruction(), sent).content
+    content = Message(codec.encode_update(sent), reply_to=instruction()).content
     assert len(content.array_records) == len(content.metric_records) == 1
     assert content.metric_records["metrics"]["num-examples"] == 3
 
@@ -400,23 +409,23 @@ def test_a_reply_that_does_not_say_who_it_is_is_malformed(told) -> None:
 )
 def test_the_code_of_an_error_says_what_kind_of_failure_it_is(code, kind) -> None:
     failed = Message(Error(code=code, reason="a\nb\n"), reply_to=instruction())
-    assert codec.failure_of(failed) == (kind, "b")
+    assert failure_of(failed) == (kind, "b")
 
 
 @pytest.mark.parametrize("reason", [None, "", " \n\t"])
 def test_an_error_without_a_reason_says_so(reason) -> None:
     failed = Message(Error(code=0, reason=reason), reply_to=instruction())
-    assert codec.failure_of(failed) == (FailureKind.ERROR, "no reason given")
+    assert failure_of(failed) == (FailureKind.ERROR, "no reason given")
 
 
 def test_the_reason_of_an_error_is_cut_to_one_line() -> None:
     failed = Message(Error(code=0, reason="x" * 10_000), reply_to=instruction())
-    assert codec.failure_of(failed)[1] == "x" * 500
+    assert failure_of(failed)[1] == "x" * 500
 
 
 def test_a_client_that_was_too_late_is_a_timeout_any_other_exception_an_error() -> None:
-    late = codec.error_reply(instruction(), ClientTimeoutError("too slow"))
-    broken = codec.error_reply(instruction(), RuntimeError("no disk"))
-    assert codec.failure_of(late) == (FailureKind.TIMEOUT, "ClientTimeoutError: too slow")
-    assert codec.failure_of(broken) == (FailureKind.ERROR, "RuntimeError: no disk")
-    assert codec.failure_of(reply()) is None
+    late = error_reply(instruction(), ClientTimeoutError("too slow"))
+    broken = error_reply(instruction(), RuntimeError("no disk"))
+    assert failure_of(late) == (FailureKind.TIMEOUT, "ClientTimeoutError: too slow")
+    assert failure_of(broken) == (FailureKind.ERROR, "RuntimeError: no disk")
+    assert failure_of(reply()) is None

@@ -15,10 +15,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.superlink.grid import InMemoryGrid
 from helpers import TINY, play, rounds_of, summary_of
 
-from fl_app import client_app, server_app
-from fl_app.codec import decode_description, failure_of, query_messages
+from fl_app import client_messages, server_app
+from fl_app.codec import decode_description, query_messages
 from fl_app.config import chosen_engine, compose_config, from_run_config, to_json
 from fl_app.engines.local import adopt_identity
+from fl_app.failures import failure_of
 from fl_app.population import wait_for_nodes
 from fl_app.types import ConfigError, EmptyCohortError
 
@@ -33,7 +34,7 @@ def ask(node: dict[str, Any], **run_config: str) -> Message:
     """Return the ClientApp's answer to the question who it is."""
     adopt_identity()
     (message,) = query_messages([1], ttl=60.0)
-    return client_app.app(message, context(node, **run_config))
+    return client_messages.answer(message, context(node, **run_config))
 
 
 class Nodes:
@@ -97,7 +98,7 @@ def test_a_federation_without_nodes_is_refused_with_the_way_out() -> None:
 
 def client_of(node: dict[str, Any], clients: Sequence[str]) -> str:
     runtime = SimpleNamespace(data=SimpleNamespace(clients=clients))
-    return client_app._client(context(node), runtime)  # type: ignore[arg-type]
+    return client_messages.client_of(node, runtime)  # type: ignore[arg-type]
 
 
 def test_a_node_is_the_client_at_its_position_whatever_the_clients_are_called() -> None:

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "fl_app"
 
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
-    ["errors", "files"],
+    ["__version__", "errors", "files", "site_protocol"],
     ["types"],
     ["run_config"],
     ["params"],
@@ -32,7 +32,7 @@ LAYERS = [
     ["local_optimizer"],
     ["client_state", "checkpoint", "validation", "training", "arrays", "tracking"],
     ["private_training", "cohort"],
-    ["codec"],
+    ["failures", "codec"],
     ["foreign"],
     ["site"],
     ["client", "directory", "algorithm", "cohort_figures"],
@@ -41,13 +41,15 @@ LAYERS = [
     ["rounds", "preflight", "private_preflight"],
     ["schema", "config"],
     ["components"],
-    ["client_app", "population", "vectorizing"],
+    ["client_messages", "population", "vectorizing"],
+    ["relay", "site_config", "site_server"],
+    ["client_app", "site_worker"],
     ["federation"],
     ["plan", "server_app"],
     ["engines"],
     ["launch"],
     ["sweep"],
-    ["ledger_cli"],
+    ["ledger_cli", "site_cli"],
     ["cli", "__main__"],
 ]
 
@@ -64,7 +66,7 @@ HOMES = {
         "strategy",
         "rounds",
     }
-    | {"private_algorithm"}
+    | {"private_algorithm", "failures", "client_messages", "relay", "site_worker"}
     | {"federation", "population", "client_app", "server_app", "foreign", "engines"},
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy", "private_preflight"},

@@ -90,7 +90,7 @@ def good(
         metrics={"loss": value},
         evaluation=Evaluation(num_examples=2, metrics={"accuracy": value / 10}),
     )
-    return codec.update_reply(instruction, update)
+    return Message(codec.encode_update(update), reply_to=instruction)
 
 
 def equal(first: Params, second: Params) -> bool:
@@ -397,7 +397,9 @@ Answer = Callable[[Message], Message | None]
 
 
 def named(client: str) -> Answer:
-    return lambda m: codec.description_reply(m, ClientDescription(client=client, num_examples=1))
+    return lambda m: Message(
+        codec.encode_description(ClientDescription(client=client, num_examples=1)), reply_to=m
+    )
 
 
 class Nodes:
@@ -556,7 +558,10 @@ def test_clients_that_do_not_measure_are_left_out_of_the_evaluation() -> None:
             measured = Evaluation(num_examples=3, metrics={"accuracy": 0.5})
             of_2, of_0, of_1 = messages
             unasked = Message(RecordDict(), 99, MessageType.EVALUATE)
-            replies = [codec.evaluation_reply(m, measured) for m in (of_1, of_2, unasked)]
+            replies = [
+                Message(codec.encode_evaluation(measured), reply_to=m)
+                for m in (of_1, of_2, unasked)
+            ]
             return [*replies, malformed(of_0)]
 
     played = strategy(4)

@@ -21,10 +21,10 @@ import torch
 from flwr.app import Context, Message, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_app.client_app import admit as admit_cohort
 from fl_app.client_app import app as client_app
-from fl_app.client_app import local_runtime, local_states
 from fl_app.client_cohort import AloneWork, ClientCohort, CohortWork, Work
+from fl_app.client_messages import admit as admit_cohort
+from fl_app.client_messages import local_runtime, local_states
 from fl_app.client_state import MemoryClientState
 from fl_app.cohort import CohortTrainer
 from fl_app.components import Components, build, settled

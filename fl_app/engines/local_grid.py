@@ -12,9 +12,9 @@ from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fl_app import codec
 from fl_app.client_cohort import ClientCohort
 from fl_app.client_state import MemoryClientState
+from fl_app.failures import error_reply
 from fl_app.tasks.federated import ClientRange
 from fl_app.training import ClientTimeoutError
 from fl_app.types import ClientId, TrainInstruction, client_order
@@ -244,7 +244,7 @@ def call_client(
             raise ClientTimeoutError("The round's time was up before this client's turn.")
         return app(message, context)
     except Exception as error:  # whatever a client raises costs the round that client alone
-        return codec.error_reply(message, error)
+        return error_reply(message, error)
 
 
 def is_expired(message: Message) -> bool:

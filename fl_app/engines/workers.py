@@ -23,8 +23,8 @@ import torch
 from flwr.app import Message, RecordDict, UserConfig
 from flwr.app.message.message import make_message
 
-from fl_app import codec
 from fl_app.client_state import MemoryClientState
+from fl_app.failures import error_reply
 from fl_app.storage import tree_from_bytes, tree_to_bytes
 from fl_app.training import ClientTimeoutError
 from fl_app.types import FlAppError
@@ -94,7 +94,7 @@ class WorkerPool:
         prefetch: int = 2,
     ) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["fl_app.client_app"])
+        self._context.set_forkserver_preload(["fl_app.client_messages"])
         self._threads = threads
         self._run_config = run_config
         self._states = states
@@ -167,7 +167,7 @@ class WorkerPool:
                 job = waiting.popleft()
                 if time.time() > job.deadline:
                     late = ClientTimeoutError("The round's time was up before this client's turn.")
-                    done[job.number] = (codec.error_reply(job.message, late), {})
+                    done[job.number] = (error_reply(job.message, late), {})
                     continue
                 worker.jobs.append(job)
                 # A worker that has just died is noticed, and its jobs are taken back, in _gather.
@@ -239,7 +239,7 @@ class WorkerPool:
         worker.connection.close()
         if worker.jobs and not worker.abandoned:
             job = worker.jobs.popleft()
-            done[job.number] = (codec.error_reply(job.message, error), {})
+            done[job.number] = (error_reply(job.message, error), {})
         waiting.extendleft(reversed(worker.jobs))
         self._workers[self._workers.index(worker)] = self._start()
 

@@ -249,8 +249,10 @@ class LedgerGuard:
         return self.limits.get(client, self.terms.epsilon)
 
 
-def guard_of(policy: Policy) -> LedgerGuard:
+def guard_of(policy: Policy) -> LedgerGuard | OpenGuard:
     """Return the guard that keeps a policy."""
+    if policy.unit is PrivacyUnit.NONE:
+        return OpenGuard()
     return LedgerGuard(
         ledger=policy.open_ledger(), terms=policy.terms, accountant=policy.make_accountant()
     )

@@ -26,7 +26,8 @@ from fl_app.privacy.base import Budget, BudgetExhaustedError, PolicyError, Reque
 from fl_app.privacy.guard import LedgerGuard, OpenGuard, guard_of
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.ledger_format import Account, LedgerError
-from fl_app.privacy.policy import Terms, read_policy
+from fl_app.privacy.policy import Terms
+from fl_app.privacy.policy_file import read_policy
 from fl_app.types import PrivacyUnit
 
 RDP = RdpAccountant()

@@ -10,7 +10,8 @@ from helpers import REPOSITORY
 
 from fl_app.privacy import policy as module
 from fl_app.privacy.accounting import PrvAccountant, RdpAccountant
-from fl_app.privacy.policy import Policy, Terms, fingerprint, read_policy
+from fl_app.privacy.policy import Policy, Terms, fingerprint
+from fl_app.privacy.policy_file import read_policy
 from fl_app.privacy.release import PublicField
 from fl_app.types import ConfigError, Examples, PrivacyUnit
 
@@ -45,6 +46,7 @@ def test_the_documented_example_is_a_policy(tmp_path: Path) -> None:
         unit=PrivacyUnit.RECORD,
         ledger=tmp_path / "ledger.jsonl",
         tasks=("ecg",),
+        data=tmp_path / "records.csv",
         records=4000,
     )
 
@@ -119,7 +121,13 @@ def test_the_ledger_lies_beside_the_policy_wherever_the_command_was_typed(
         ({"delta": "0"}, "delta=0.0 must lie between 0 and 1"),
         ({"delta": "1.0"}, "delta=1.0 must lie"),
         ({"delta": ".nan"}, "delta=nan must lie"),
-        ({"unit": "none"}, "unit=none is not known.*record, client"),
+        ({"unit": "none"}, "epsilon=3.0 has no meaning with unit=none"),
+        ({"hours": "8-18"}, 'hours=8-18 must be two different times, such as "20:00-06:00"'),
+        ({"hours": "08:00-08:00"}, "hours=08:00-08:00 must be two different times"),
+        ({"hours": "08:00-24:30"}, "hours=08:00-24:30 must be two different times"),
+        ({"consent": "1"}, "consent=1 must be true or false"),
+        ({"code": "os"}, "code=os must be a list of names"),
+        ({"data": "3"}, "data=3 must be text"),
         ({"unit": "recod"}, "unit=recod is not known; did you mean record"),
         ({"accountant": "moments"}, "accountant=moments is not known"),
         ({"tasks": "ecg"}, r"tasks=ecg must be a list of names"),

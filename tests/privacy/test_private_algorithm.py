@@ -37,7 +37,14 @@ from fl_app.tracking.console import ConsoleProgress
 from fl_app.tracking.rounds_file import RoundsFile, report_from_json
 from fl_app.tracking.summary import totals_of
 from fl_app.tracking.wandb_tracker import _figures
-from fl_app.types import ClientUpdate, ConfigError, Evaluation, Params, PrivacyUnit
+from fl_app.types import (
+    ClientUpdate,
+    ConfigError,
+    Evaluation,
+    Params,
+    PrivacyUnit,
+    TrainInstruction,
+)
 from fl_app.validation import UpdateChecks
 
 MODEL: Params = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.5])}
@@ -109,7 +116,11 @@ def reply(instruction: Message, value: float, **metrics: float) -> Message:
         metrics={"loss": value, **metrics},
         evaluation=Evaluation(num_examples=2, metrics={"accuracy": 0.5}),
     )
-    return codec.update_reply(instruction, update)
+    return Message(codec.encode_update(update), reply_to=instruction)
+
+
+def told(message: Message) -> TrainInstruction:
+    return codec.decode_instruction(message.content, deadline_s=None)
 
 
 def play(
@@ -211,22 +222,24 @@ def test_the_bound_travels_to_the_clients_and_follows_their_bits() -> None:
     algorithm = private(selector, 4, noise=0.0, max_norm=2.0, target_quantile=0.5)
     played = strategy(algorithm, selector, 4)
     messages = asked(played, 1)
-    assert {codec.decode_instruction(m).max_norm for m in messages} == {2.0}
+    assert {told(m).max_norm for m in messages} == {2.0}
     bits = [1.0, 0.0, 0.0, 0.0]
     replies = [reply(m, 0.1, **{CLIPPED: b}) for m, b in zip(messages, bits, strict=True)]
     played.aggregate_train(1, replies)
     expected = 2.0 * math.exp(-0.2 * (0.75 - 0.5))
-    assert codec.decode_instruction(asked(played, 2)[0]).max_norm == pytest.approx(expected)
+    assert codec.decode_instruction(
+        asked(played, 2)[0].content, deadline_s=None
+    ).max_norm == pytest.approx(expected)
     assert played.last_report().client_metrics == {"max_norm": 2.0}
 
 
 def test_without_privacy_no_bound_travels_and_nonsense_is_none() -> None:
     selector = RoundRobin(count=2)
     (message, _) = asked(strategy(composition(), selector, 2), 1)
-    assert codec.decode_instruction(message).max_norm is None
+    assert told(message).max_norm is None
     for nonsense in (-1.0, 0.0, math.nan, math.inf, "1"):
         message.content["config"]["max-norm"] = nonsense
-        assert codec.decode_instruction(message).max_norm is None
+        assert told(message).max_norm is None
 
 
 @pytest.mark.parametrize("selector", [RoundRobin(count=3), POISSON], ids=["seeded", "poisson"])

@@ -5,35 +5,30 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 from helpers import play, play_config, rounds_of, summary_of
 from torch import nn
 
 from fl_app import codec
 from fl_app.algorithm import ServerState
 from fl_app.arrays import encode_params
-from fl_app.client_app import app as client_app
 from fl_app.components import build, settled
 from fl_app.config import compose_config, resumed_config, to_json
 from fl_app.engines.local import LocalEngine, adopt_identity
 from fl_app.federation import initial_model
 from fl_app.privacy.accounting import GaussianEvent, RdpAccountant
-from fl_app.privacy.base import PolicyError
 from fl_app.privacy.ledger_format import LedgerError
 from fl_app.privacy.none import NoPrivacy
-from fl_app.privacy.record_level import RecordLevel
-from fl_app.privacy.release import CLASSES, DECLARABLE, Release
+from fl_app.privacy.release import CLASSES, Release
 from fl_app.private_preflight import FixedTask, check_ghost, check_privacy
 from fl_app.selection import RoundRobin, Uniform, Without, planned_rounds
-from fl_app.site import DeployedSite
 from fl_app.tasks.federated import ClientRange
-from fl_app.types import ConfigError, FailureKind
+from fl_app.types import ConfigError
 
 NOISE = ("privacy.noise_multiplier=1.0", "privacy.target_epsilon=null")
 PRIVATE = ("privacy=record", *NOISE, "client.batch_size=32")
@@ -461,165 +456,3 @@ def test_a_client_of_five_records_and_one_of_hundreds_take_part_alike(tmp_path) 
         "rounds=2",
     )
     assert all(entry["num_updates"] == 6 for entry in rounds_of(run))
-
-
-def test_a_deployed_client_refuses_what_only_its_owner_could_allow() -> None:
-    with pytest.raises(PolicyError, match="privacy=record needs a policy of the data's owner"):
-        DeployedSite(privacy=RecordLevel(), policy=None)
-    for_tests = replace(RecordLevel(), randomness="reproducible_for_tests")
-    with pytest.raises(PolicyError, match="a deployed client draws its noise in secret"):
-        DeployedSite(privacy=for_tests, policy=None)
-    assert DeployedSite(privacy=NoPrivacy(), policy=None).may_tell() == DECLARABLE
-
-
-# A site -------------------------------------------------------------------------------------------
-
-POLICY = """\
-version: 1
-data_set: ward-7
-epsilon: {epsilon}
-delta: 1.0e-5
-unit: {unit}
-ledger: ledger.jsonl
-share_budget: true
-public: [num_examples]
-"""
-
-
-class Site:
-    """A deployed client: the real ClientApp, with its owner's policy."""
-
-    def __init__(
-        self, folder: Path, *, epsilon: float | None, monkeypatch: Any, unit: str = "record"
-    ) -> None:
-        monkeypatch.delenv("FL_APP_POLICY", raising=False)
-        self.ledger = folder / "ledger.jsonl"
-        self.node = {"partition-id": 0, "num-partitions": 6}
-        if epsilon is not None:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            path = folder / "policy.yaml"
-            path.write_text(POLICY.format(epsilon=epsilon, unit=unit))
-            path.chmod(0o600)
-            self.node["policy"] = str(path)
-
-    def asked(self, *overrides: str, unchecked: bool = False, ttl: float = 600.0) -> Message:
-        """Return the client's answer to a server that sends this configuration, maybe a bad one."""
-        base = ["task/model=logistic", "partition.num_clients=6", "client.epochs=1"]
-        config = compose_config([*base, *overrides])
-        adopt_identity()
-        params, _ = initial_model(build(to_json(compose_config(base))), None)
-        if not unchecked:
-            config = settled(config)
-        content = codec.instruction(
-            encode_params(params),
-            codec.instruction_config("run", {}, run_dir=str(self.ledger.parent / "elsewhere")),
-            round=1,
-        )
-        [message] = codec.train_messages({1: content}, round=1, ttl=ttl)
-        context = Context(
-            run_id=1,
-            node_id=1,
-            node_config=dict(self.node),
-            state=RecordDict(),
-            run_config={"config-json": to_json(config)},
-        )
-        return client_app(message, context)
-
-
-def refused(answer: Message) -> str:
-    kind, reason = codec.failure_of(answer)  # type: ignore[misc]
-    assert kind is FailureKind.REFUSED
-    return reason
-
-
-def test_a_site_pays_from_its_own_ledger_and_tells_what_its_owner_declares(
-    tmp_path, monkeypatch
-) -> None:
-    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
-    asks_for_more = "privacy.public=[num_examples,evaluation,metrics,label_counts]"
-    fields = told(site.asked(*PRIVATE, asks_for_more))
-    assert fields["num_examples"] > 1
-    assert "evaluation" not in fields
-    assert "metrics" not in fields
-    assert len(site.ledger.read_text().splitlines()) == 2
-    assert not (tmp_path / "site" / "elsewhere").exists()
-
-
-def test_no_configuration_raises_a_sites_budget(tmp_path, monkeypatch) -> None:
-    site = Site(tmp_path / "site", epsilon=0.5, monkeypatch=monkeypatch)
-    for more in ([], ["privacy.epsilon_budget=1000"], ["privacy.delta=1e-3"]):
-        assert "BudgetExhaustedError" in refused(site.asked(*PRIVATE, *more))
-    assert not site.ledger.exists() or len(site.ledger.read_text().splitlines()) <= 1
-
-
-def test_a_site_pays_from_one_account_whatever_a_server_calls_it(tmp_path, monkeypatch) -> None:
-    site = Site(tmp_path / "site", epsilon=1000, monkeypatch=monkeypatch)
-    site.asked(*PRIVATE)
-    site.node |= {"client-id": "3"}
-    site.asked(*PRIVATE)
-    paid = [json.loads(line) for line in site.ledger.read_text().splitlines()[1:]]
-    assert len(paid) == 2
-    assert len({(entry["client"], entry["data_set"]) for entry in paid}) == 1
-
-
-def test_an_empty_name_of_a_policy_is_no_way_around_it(tmp_path, monkeypatch) -> None:
-    site = Site(tmp_path / "site", epsilon=None, monkeypatch=monkeypatch)
-    monkeypatch.setenv("FL_APP_POLICY", "")
-    assert "PolicyError" in refused(site.asked("privacy=none", "seed=77"))
-
-
-def test_a_server_can_ask_a_site_for_less_than_its_owner_allows(tmp_path, monkeypatch) -> None:
-    site = Site(tmp_path / "site", epsilon=1000, monkeypatch=monkeypatch)
-    assert "Budget" in refused(site.asked(*PRIVATE, "privacy.epsilon_budget=0.5"))
-
-
-def test_a_site_declines_what_is_not_private_as_its_owner_demands(tmp_path, monkeypatch) -> None:
-    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
-    assert "PolicyError" in refused(site.asked("privacy=none"))
-    assert "PolicyError" in refused(site.asked(*PRIVATE, FOR_TESTS))
-    assert "PolicyError" in refused(site.asked("privacy=local"))
-    without = Site(tmp_path / "none", epsilon=None, monkeypatch=monkeypatch)
-    assert "PolicyError" in refused(without.asked(*PRIVATE))
-    assert not without.asked("privacy=none").has_error()
-
-
-def test_what_a_site_says_of_an_error_names_neither_its_size_nor_its_files(
-    tmp_path, monkeypatch, caplog
-) -> None:
-    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
-    size = str(sizes("task/model=logistic", "partition.num_clients=6", *PRIVATE)["0"])
-    for asks in (["client.batch_size=100000"], ["privacy.delta=0.5"]):
-        answer = site.asked(*PRIVATE, *asks, unchecked=True)
-        _, reason = codec.failure_of(answer)  # type: ignore[misc]
-        assert size not in reason
-        assert str(tmp_path) not in reason
-    assert any(size in record.getMessage() for record in caplog.records)
-
-
-def test_a_site_that_is_too_late_says_that_and_no_more(tmp_path, monkeypatch) -> None:
-    site = Site(tmp_path / "site", epsilon=1000, monkeypatch=monkeypatch)
-    kind, reason = codec.failure_of(site.asked(*PRIVATE, ttl=-1.0))  # type: ignore[misc]
-    assert kind is FailureKind.TIMEOUT
-    assert "epoch" not in reason
-
-
-def test_a_site_leaves_the_noise_to_the_server_only_if_its_owner_says_so(
-    tmp_path, monkeypatch
-) -> None:
-    asked = ("privacy=client", "strategy.aggregation.weighting=uniform")
-    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch, unit="client")
-    assert "PolicyError" in refused(site.asked(*asked))
-    policy = Path(site.node["policy"])
-    policy.write_text(policy.read_text() + "trust_server: true\n")
-    site.node["policy"] = str(policy.parent / "." / "policy.yaml")
-    from fl_app import client_app as module
-
-    module._runtime_for.cache_clear()  # a site reads its policy when it starts
-    assert not site.asked(*asked).has_error()
-
-
-def test_a_policy_that_others_can_write_stops_the_site(tmp_path, monkeypatch) -> None:
-    site = Site(tmp_path / "site", epsilon=20, monkeypatch=monkeypatch)
-    Path(site.node["policy"]).chmod(0o666)
-    assert "PolicyError" in refused(site.asked(*PRIVATE))
-    assert not site.ledger.exists()

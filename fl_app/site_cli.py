@@ -1,0 +1,147 @@
+"""``fl-app site``: the worker that a data owner runs beside a SuperNode."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fl_app.errors import ConfigError
+from fl_app.site_protocol import MOST_BODY_BYTES, SOCKET, Kind, Request, ask
+
+site_cli = typer.Typer(
+    invoke_without_command=True,
+    help="Serve a site: train on its records what its owner's policy allows.",
+)
+
+_Socket = Annotated[
+    Path, typer.Option(help="Where bundles reach the worker; in a folder that they may enter.")
+]
+
+
+@site_cli.callback()
+def site(
+    context: typer.Context,
+    policy: Annotated[
+        Path | None, typer.Option(help="The owner's policy file; see PRIVACY.md.")
+    ] = None,
+    socket: Annotated[
+        Path | None, typer.Option(envvar=SOCKET, help="Where bundles reach the worker.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder for what the client remembers between rounds.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The client's name; default: by the position of its SuperNode."),
+    ] = None,
+    most_mib: Annotated[
+        int, typer.Option(min=1, help="MiB that a request may have.")
+    ] = MOST_BODY_BYTES >> 20,
+) -> None:
+    """Serve until ended. SIGTERM lets a round in progress end, for some seconds."""
+    if context.invoked_subcommand is not None:
+        return
+    if policy is None or socket is None or state is None:
+        raise ConfigError(
+            "a worker needs --policy FILE, --socket PATH and --state FOLDER; --help says more."
+        )
+    _serve(policy, socket, state, name=name, most_body_bytes=most_mib << 20)
+
+
+@site_cli.command()
+def health(socket: _Socket) -> None:
+    """Exit with 0 if a worker answers at a socket, else with 1."""
+    try:
+        request = Request(kind=Kind.HEALTH, node={}, patience_s=5.0)
+        ask(str(socket), request, b"", patience_s=5.0, most_body_bytes=0)
+    except OSError as error:
+        typer.echo(f"Error: nobody answers at {socket} ({error}).", err=True)
+        raise typer.Exit(1) from error
+
+
+def _serve(
+    policy: Path, socket: Path, state: Path, *, name: str | None, most_body_bytes: int
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    log = logging.getLogger(__name__)
+    from fl_app.privacy.policy_file import read_policy
+
+    owners = read_policy(policy)
+    _check_data(owners.data)
+    for key, folder in (("state", state), ("ledger", owners.ledger and owners.ledger.parent)):
+        if folder is not None:
+            check_writable(key, folder)
+    with _alone(state):
+        # What takes seconds to import is there before the first request.
+        from fl_app.site_server import SiteServer
+        from fl_app.site_worker import SiteWorker
+
+        worker = SiteWorker(policy=policy, state=state, name=name)
+        server = SiteServer(socket, worker.answer, most_body_bytes=most_body_bytes)
+
+        def end(*_: object) -> None:
+            raise SystemExit(0)
+
+        signal.signal(signal.SIGTERM, end)
+        log.info("Serving %s under %s, at %s.", owners.data_set, policy, socket)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve()
+        finally:
+            server.close()
+
+
+def _check_data(path: Path | None) -> None:
+    """Refuse to serve without the records. Raises `ConfigError`."""
+    if path is None:
+        return
+    if not path.exists():
+        raise ConfigError(
+            f"data={path} of the policy is not there: mount the volume that holds the records, or "
+            "correct the path."
+        )
+    if not os.access(path, os.R_OK):
+        raise ConfigError(
+            f"data={path} of the policy cannot be read by this user (id {os.getuid()}): allow it "
+            "to, or start the worker as the user who may."
+        )
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder in which this user cannot write, before a round finds out.
+
+    Raises:
+        ConfigError: It is not there, or cannot be written.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder} cannot be written by this user, id {os.getuid()} ({error.strerror}): "
+            "mount a volume there that it owns (chown)."
+        ) from error
+
+
+@contextmanager
+def _alone(state: Path) -> Generator[None]:
+    """Hold the folder of client state, so that no second worker writes it."""
+    with (state / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"state={state}: another worker is using it. End that one, or choose another."
+            ) from error
+        yield

@@ -1,0 +1,354 @@
+"""A site's worker does what its owner's policy allows, whatever a server or a bundle asks."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Message
+from site_client import BASE, OPEN_POLICY, PRIVATE_POLICY, SiteClient, initial
+
+from fl_app import codec
+from fl_app.client_messages import local_runtime
+from fl_app.config import compose_config, to_json
+from fl_app.failures import failure_of
+from fl_app.site_protocol import Kind, Request
+from fl_app.types import FailureKind
+
+NOISE = ("privacy.noise_multiplier=1.0", "privacy.target_epsilon=null")
+PRIVATE = ("privacy=record", *NOISE, "client.batch_size=32")
+
+
+def private(folder: Path, *, epsilon: float = 20, unit: str = "record") -> SiteClient:
+    return SiteClient(folder, PRIVATE_POLICY.format(epsilon=epsilon, unit=unit))
+
+
+def declined(answer: Message) -> str:
+    kind, reason = failure_of(answer)  # type: ignore[misc]
+    assert kind is FailureKind.REFUSED
+    return reason
+
+
+def failed(answer: Message) -> str:
+    failure = failure_of(answer)
+    assert failure is not None
+    return failure[1]
+
+
+def table(path: Path, records: int, *, columns: int = 3) -> Path:
+    lines = [",".join([*(f"x{c}" for c in range(columns)), "target"])]
+    lines += [
+        ",".join(str((n * (c + 3)) % 7 - 3) for c in range(columns)) + f",{n % 2}"
+        for n in range(records)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+# The same training -------------------------------------------------------------------------------
+
+
+def test_a_site_sends_the_bits_that_a_simulated_client_sends(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    config, params = compose_config(list(BASE)), initial(*BASE)
+    update = codec.decode_update(site.told(config, params=params), "0")
+    runtime = local_runtime({"config-json": to_json(config)})
+    content = codec.instruction(
+        codec.encode_model(params), codec.instruction_config("r", {}), round=1
+    )
+    expected = runtime.train("0", codec.decode_instruction(content, deadline_s=None))
+    assert update.num_examples == expected.num_examples
+    assert update.evaluation == expected.evaluation
+    for name, delta in expected.delta.items():
+        assert torch.equal(update.delta[name], delta)
+
+
+def test_a_site_evaluates_and_says_who_it_is(tmp_path: Path) -> None:
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    assert codec.decode_evaluation(site.told(config, kind="evaluate")).num_examples > 0
+    told = codec.decode_description(site.told(config, kind="query"))
+    assert told.client == "0"
+    assert told.num_examples is not None and told.num_examples > 1
+
+
+def test_what_a_client_remembers_stays_in_the_sites_own_folder(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    answer = site.asked("client.keep_optimizer_state=true", "client.optimizer.momentum=0.9")
+    assert not answer.has_error()
+    assert list((tmp_path / "site" / "client_state").rglob("*.safetensors"))
+
+
+# The policy --------------------------------------------------------------------------------------
+
+
+def test_a_site_pays_from_its_own_ledger_and_tells_what_its_owner_declares(tmp_path: Path) -> None:
+    site = private(tmp_path / "site")
+    asks_for_more = "privacy.public=[num_examples,evaluation,metrics,label_counts]"
+    answer = site.asked(*PRIVATE, asks_for_more)
+    update = codec.decode_update(answer, "0")
+    assert update.num_examples > 1
+    assert update.evaluation is None
+    assert not update.metrics
+    assert len(site.ledger.read_text().splitlines()) == 2
+    assert not (tmp_path / "site" / "elsewhere").exists()
+
+
+def test_no_configuration_raises_a_sites_budget(tmp_path: Path) -> None:
+    site = private(tmp_path / "site", epsilon=0.5)
+    for more in ([], ["privacy.epsilon_budget=1000"], ["privacy.delta=1e-3"]):
+        assert "BudgetExhaustedError" in declined(site.asked(*PRIVATE, *more))
+    assert not site.ledger.exists() or len(site.ledger.read_text().splitlines()) <= 1
+
+
+def test_a_site_pays_from_one_account_whatever_a_bundle_calls_it(tmp_path: Path) -> None:
+    site = private(tmp_path / "site", epsilon=1000)
+    site.asked(*PRIVATE)
+    site.node |= {"client-id": "3"}
+    site.asked(*PRIVATE)
+    paid = [json.loads(line) for line in site.ledger.read_text().splitlines()[1:]]
+    assert len(paid) == 2
+    assert len({(entry["client"], entry["data_set"]) for entry in paid}) == 1
+
+
+def test_a_server_can_ask_a_site_for_less_than_its_owner_allows(tmp_path: Path) -> None:
+    site = private(tmp_path / "site", epsilon=1000)
+    assert "Budget" in declined(site.asked(*PRIVATE, "privacy.epsilon_budget=0.5"))
+
+
+def test_a_site_declines_what_is_not_private_as_its_owner_demands(tmp_path: Path) -> None:
+    site = private(tmp_path / "site")
+    assert "PolicyError" in declined(site.asked("privacy=none"))
+    for_tests = "privacy.randomness=reproducible_for_tests"
+    assert "PolicyError" in declined(site.asked(*PRIVATE, for_tests))
+    assert "PolicyError" in declined(site.asked("privacy=local"))
+    assert not site.ledger.exists()
+
+
+def test_a_site_without_a_ledger_trains_without_privacy_alone(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    assert not site.asked("privacy=none").has_error()
+    assert "PolicyError" in declined(site.asked(*PRIVATE))
+
+
+def test_a_site_leaves_the_noise_to_the_server_only_if_its_owner_says_so(tmp_path: Path) -> None:
+    asked = ("privacy=client", "strategy.aggregation.weighting=uniform")
+    site = private(tmp_path / "site", unit="client")
+    assert "PolicyError" in declined(site.asked(*asked))
+    site.write(site.policy.read_text() + "trust_server: true\n")
+    assert not site.asked(*asked).has_error()
+
+
+def test_consent_can_be_withdrawn_and_given_again_while_the_worker_runs(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    for kind in ("train", "evaluate", "query"):
+        site.write(OPEN_POLICY + "consent: false\n")
+        answer = site.told(compose_config(list(BASE)), kind=kind)
+        assert "PolicyError" in declined(answer)
+        site.write(OPEN_POLICY)
+        assert not site.told(compose_config(list(BASE)), kind=kind).has_error()
+
+
+def test_a_site_takes_part_in_its_hours_alone(tmp_path: Path) -> None:
+    site, now = SiteClient(tmp_path / "site", OPEN_POLICY), datetime.now()
+    soon, later = (f"{now + timedelta(hours=hours):%H:%M}" for hours in (2, 3))
+    site.write(OPEN_POLICY + f'hours: "{soon}-{later}"\n')
+    assert "PolicyError" in declined(site.asked())
+    site.write(OPEN_POLICY + f'hours: "{later}-{soon}"\n')
+    assert not site.asked().has_error()
+
+
+def test_a_site_trains_the_tasks_of_its_policy_alone(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY + "tasks: [breast_cancer]\n")
+    assert "PolicyError" in declined(site.asked())
+    params = initial("task=breast_cancer")
+    config = compose_config([*BASE, "task=breast_cancer"])
+    assert not site.told(config, params=params).has_error()
+
+
+@pytest.mark.parametrize("damage", ["gone", "open", "garbled"])
+def test_a_policy_that_cannot_be_used_stops_the_site_at_once(tmp_path: Path, damage: str) -> None:
+    site = private(tmp_path / "site")
+    assert not site.asked(*PRIVATE).has_error()
+    if damage == "gone":
+        site.policy.unlink()
+    elif damage == "open":
+        site.policy.chmod(0o666)
+    else:
+        site.write("epsilon: 1e9")
+    paid = site.ledger.read_text()
+    assert "PolicyError" in declined(site.asked(*PRIVATE))
+    assert site.ledger.read_text() == paid
+
+
+# What a server may name --------------------------------------------------------------------------
+
+HOSTILE_TARGETS = [
+    ("task", "os.system"),
+    ("task", "fl_app.tasks.digits.subprocess.run"),
+    ("strategy", "builtins.exec"),
+    ("client", "shutil.rmtree"),
+    ("privacy", "fl_app.privacy.none.NoPrivacy.__init__"),
+    ("client.optimizer", "torch.optim.optimizer.warnings.warn"),
+    ("client.optimizer", "torch.optim.sgd"),
+    ("client.optimizer", "torch.hub.load"),
+    ("strategy", "flwr.serverapp.strategy.fedavg.os.system"),
+    ("tracking", "subprocess.Popen"),
+]
+
+
+@pytest.mark.parametrize(("key", "target"), HOSTILE_TARGETS)
+def test_a_server_cannot_name_code_that_the_site_did_not_install_for_that(
+    tmp_path: Path, key: str, target: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    place = config
+    for part in key.split("."):
+        place[part] = dict(place[part] or {})
+        place = place[part]
+    place["_target_"] = target
+    place["touch"] = str(tmp_path / "touched")
+    assert "PolicyError" in declined(site.told(to_json(config)))
+    assert f"{key}._target_={target} is not code that a server may name" in caplog.text
+
+
+def test_code_deep_in_a_list_is_found(tmp_path: Path) -> None:
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    config["strategy"] = {**config["strategy"], "extra": [{"a": [{"_target_": "os.system"}]}]}
+    assert "PolicyError" in declined(site.told(to_json(config)))
+
+
+def test_optimizers_of_torch_may_be_named(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    config = compose_config([*BASE, "client/optimizer=adam"])
+    config["client"]["optimizer"]["_target_"] = "torch.optim.Adamax"
+    assert not site.told(config).has_error()
+
+
+def test_nothing_of_the_sites_environment_is_put_into_a_configuration(tmp_path: Path) -> None:
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    config["name"] = "${oc.env:HOME}"
+    assert "PolicyError" in declined(site.told(config))
+
+
+def overridden(site: SiteClient, overrides: str) -> str:
+    request = Request(kind=Kind.QUERY, overrides=overrides, node=site.node, patience_s=60.0)
+    return site.worker.answer(request, b"")[0].reason
+
+
+def test_overrides_choose_among_what_the_site_has_installed(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    (tmp_path / "conf").mkdir()
+    assert overridden(site, "strategy=fedprox rounds=5") == ""
+    for beyond in (
+        f"--config-dir={tmp_path}/conf rounds=1",
+        "task._target_=os.system",
+        "name=${oc.env:HOME}",
+        f"hydra.searchpath=[file://{tmp_path}]",
+    ):
+        assert "PolicyError" in overridden(site, beyond)
+
+
+def test_no_module_is_imported_because_a_server_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    config["task"] = {"_target_": "planted.Task"}
+    assert "PolicyError" in declined(site.told(config))
+    assert not (tmp_path / "touched").exists()
+    site.write(OPEN_POLICY + "code: [planted]\n")
+    site.told(config)
+    assert (tmp_path / "touched").exists()
+
+
+def test_what_an_allowed_module_imports_is_not_allowed_by_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ward7.py").write_text(
+        "from os import system\nfrom fl_app.tasks import digits\n"
+        "class Digits(digits.Digits):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    site = SiteClient(tmp_path / "site", OPEN_POLICY + "code: [ward7]\n")
+    config = compose_config(list(BASE))
+    config["task"]["_target_"] = "ward7.Digits"
+    assert not site.told(config).has_error()
+    for beyond in ("ward7.system", "ward7.digits.Digits", "ward7.digits"):
+        config["task"]["_target_"] = beyond
+        assert "PolicyError" in declined(site.told(config))
+        assert f"task._target_={beyond} is not code that a server may name" in caplog.text
+
+
+# Records of its own ------------------------------------------------------------------------------
+
+TABLE = ("task=table", "task.inputs=3", "partition.num_clients=2", "client.epochs=1")
+
+
+def test_a_site_trains_on_its_own_file_whichever_one_a_server_names(tmp_path: Path) -> None:
+    policy = OPEN_POLICY + f"data: {table(tmp_path / 'own.csv', 40)}\n"
+    site = SiteClient(tmp_path / "site", policy, name="ward-7")
+    theirs = table(tmp_path / "theirs.csv", 400)
+    config = compose_config([*TABLE, f"task.path={theirs}"])
+    params = initial(*TABLE, f"task.path={theirs}")
+    update = codec.decode_update(site.told(config, params=params), "ward-7")
+    assert update.num_examples == 32
+    assert update.evaluation is not None and update.evaluation.num_examples == 8
+    assert codec.decode_description(site.told(config, kind="query")).client == "ward-7"
+
+
+def test_which_file_is_read_is_never_the_servers_to_say(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    config = compose_config([*TABLE, f"task.path={table(tmp_path / 'theirs.csv', 40)}"])
+    assert "PolicyError" in declined(site.told(config, params={}))
+
+
+def test_a_task_with_records_of_its_own_is_not_what_a_site_with_data_trains(tmp_path: Path) -> None:
+    policy = OPEN_POLICY + f"data: {table(tmp_path / 'own.csv', 40)}\n"
+    assert "PolicyError" in declined(SiteClient(tmp_path / "site", policy).asked())
+
+
+# What is told ------------------------------------------------------------------------------------
+
+
+def test_what_a_site_says_of_an_error_names_neither_its_size_nor_its_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = private(tmp_path / "site")
+    size = str(codec.decode_update(site.asked(*PRIVATE), "0").num_examples)
+    for asks in (["client.batch_size=100000"], ["privacy.delta=0.5"]):
+        reason = failed(site.asked(*PRIVATE, *asks, unchecked=True))
+        assert size not in reason
+        assert str(tmp_path) not in reason
+    assert any(size in record.getMessage() for record in caplog.records)
+
+
+def test_a_site_that_is_too_late_says_that_and_no_more(tmp_path: Path) -> None:
+    site = private(tmp_path / "site", epsilon=1000)
+    kind, reason = failure_of(site.asked(*PRIVATE, patience_s=-1.0))  # type: ignore[misc]
+    assert kind is FailureKind.TIMEOUT
+    assert "epoch" not in reason
+
+
+def test_versions_that_differ_in_more_than_the_last_number_are_named(tmp_path: Path) -> None:
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    assert not site.told(config, version="0.1.99").has_error()
+    reason = failed(site.told(config, version="0.2.0"))
+    assert "the server runs fl-app 0.2.0 and this site 0.1." in reason
+    assert "upgrade the older one" in reason
+
+
+@pytest.mark.parametrize("body", [b"\x00" * 100, b"\x0a\xff\xff\xff\xff\x7f", b"{}"])
+def test_garbage_is_answered_by_an_error(tmp_path: Path, body: bytes) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+    request = Request(
+        kind=Kind.TRAIN,
+        config_json=to_json(compose_config(list(BASE))),
+        node=site.node,
+        patience_s=60.0,
+    )
+    reply, answer = site.worker.answer(request, body)
+    assert reply.code and not answer
