@@ -18,7 +18,7 @@ import torch
 
 from fl_app.attacks import Counts
 from fl_app.client_state import ClientStateStore
-from fl_app.cohort import Assignment
+from fl_app.cohort import Assignment, CohortTrainer
 from fl_app.objective import LocalObjective
 from fl_app.params import num_bytes, write_params
 from fl_app.privacy.base import Admission, PolicyError, Privacy, Request
@@ -87,6 +87,7 @@ class ClientRuntime:
         seed: The run's seed.
         states: Where a client's memory between rounds is kept.
         privacy: What updates go through before they leave.
+        trainer: What trains a client instead of `train_alone`, on another device, or None.
         site: Allows each round and accounts for it, on behalf of the data's owners.
     """
 
@@ -101,6 +102,7 @@ class ClientRuntime:
         states: ClientStateStore,
         privacy: Privacy,
         site: Site,
+        trainer: CohortTrainer | None = None,
     ) -> None:
         self._task = task
         self._data = data
@@ -109,6 +111,7 @@ class ClientRuntime:
         self._seed = seed
         self.states = states
         self._privacy = privacy
+        self._trainer = trainer
         self._site = site
         self._told = frozenset(name for name in CLASSES if may_tell(name, site.may_tell()))
         self._model = task.build_model()
@@ -181,13 +184,21 @@ class ClientRuntime:
         if examples.test is not None and self.measures():
             write_params(self._model, instruction.params)
             evaluation = evaluate_quickly(self._model, self._task, examples.test)
-        model = self.train_alone(
-            client,
-            instruction,
-            self.poisoned(client, examples),
-            optimizer_state=self.remembered_optimizer(client, instruction),
-            deadline=deadline,
-        )
+        own = self.poisoned(client, examples)
+        if self._trainer is not None:
+            assignment = self.assignment(client, instruction, own)
+            [made] = self._trainer.train(instruction.params, [assignment], deadline=deadline)
+            if isinstance(made, Exception):
+                raise made
+            model = made
+        else:
+            model = self.train_alone(
+                client,
+                instruction,
+                own,
+                optimizer_state=self.remembered_optimizer(client, instruction),
+                deadline=deadline,
+            )
         return Trained(count=len(examples.train), model=model, evaluation=evaluation)
 
     def maybe_fail(self, client: ClientId, round: int) -> None:

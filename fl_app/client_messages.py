@@ -20,6 +20,7 @@ from flwr.app import Context, Error, Message, MessageType, RecordDict, UserConfi
 from fl_app import codec
 from fl_app.client import ClientRuntime
 from fl_app.client_state import ClientStateStore, DiskClientState, MemoryClientState
+from fl_app.cohort import CohortTrainer
 from fl_app.components import adopt_threads, build
 from fl_app.config import from_run_config, to_json
 from fl_app.failures import code_and_reason, error_reply
@@ -238,13 +239,20 @@ def local_states(run_config: UserConfig) -> MemoryClientState:
     return states
 
 
-def runtime_of(config: Mapping[str, Any], *, states: ClientStateStore, site: Site) -> ClientRuntime:
+def runtime_of(
+    config: Mapping[str, Any],
+    *,
+    states: ClientStateStore,
+    site: Site,
+    trainer: CohortTrainer | None = None,
+) -> ClientRuntime:
     """Return what serves the clients of this process under a configuration.
 
     Args:
         config: Checked.
         states: Where their memory between rounds is kept.
         site: Allows each round, and accounts for it.
+        trainer: Trains them on another device, or None.
     """
     components = build(to_json(config))
     return ClientRuntime(
@@ -256,6 +264,7 @@ def runtime_of(config: Mapping[str, Any], *, states: ClientStateStore, site: Sit
         states=states,
         privacy=components.privacy,
         site=site,
+        trainer=trainer,
     )
 
 

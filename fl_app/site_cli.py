@@ -44,6 +44,9 @@ def site(
         str | None,
         typer.Option(help="The client's name; default: by the position of its SuperNode."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where it trains: cpu, cuda, cuda:N, or auto for a GPU if any.")
+    ] = "cpu",
     most_mib: Annotated[
         int, typer.Option(min=1, help="MiB that a request may have.")
     ] = MOST_BODY_BYTES >> 20,
@@ -55,7 +58,7 @@ def site(
         raise ConfigError(
             "a worker needs --policy FILE, --socket PATH and --state FOLDER; --help says more."
         )
-    _serve(policy, socket, state, name=name, most_body_bytes=most_mib << 20)
+    _serve(policy, socket, state, name=name, device=device, most_body_bytes=most_mib << 20)
 
 
 @site_cli.command()
@@ -70,7 +73,13 @@ def health(socket: _Socket) -> None:
 
 
 def _serve(
-    policy: Path, socket: Path, state: Path, *, name: str | None, most_body_bytes: int
+    policy: Path,
+    socket: Path,
+    state: Path,
+    *,
+    name: str | None,
+    device: str,
+    most_body_bytes: int,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     log = logging.getLogger(__name__)
@@ -85,8 +94,11 @@ def _serve(
         # What takes seconds to import is there before the first request.
         from fl_app.site_server import SiteServer
         from fl_app.site_worker import SiteWorker
+        from fl_app.vectorizing import device_of
 
-        worker = SiteWorker(policy=policy, state=state, name=name)
+        worker = SiteWorker(
+            policy=policy, state=state, name=name, device=device_of("--device", device)
+        )
         server = SiteServer(socket, worker.answer, most_body_bytes=most_body_bytes)
 
         def end(*_: object) -> None:

@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
@@ -22,7 +23,8 @@ from fl_app import codec
 from fl_app.client import ClientRuntime
 from fl_app.client_messages import answer_content, client_of, runtime_of, told_error
 from fl_app.client_state import DiskClientState
-from fl_app.components import adopt_threads, build
+from fl_app.cohort import CohortTrainer
+from fl_app.components import Components, adopt_threads, build
 from fl_app.config import to_json
 from fl_app.privacy.base import PolicyError
 from fl_app.privacy.policy import Policy
@@ -30,9 +32,13 @@ from fl_app.privacy.policy_file import read_policy
 from fl_app.site import DeployedSite
 from fl_app.site_config import site_config
 from fl_app.site_protocol import Kind, ProtocolError, Reply, Request
+from fl_app.stacked.layer import NotStackableError
 from fl_app.types import ClientId, ConfigError
+from fl_app.vectorizing import cohort_trainer
 
 log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +51,13 @@ class SiteWorker:
         state: Folder for what the client remembers between rounds.
         name: The client's name in the federation, or None for the one at the position that its
             SuperNode was given.
+        device: Where it trains; what cannot be trained elsewhere is trained on the CPU.
     """
 
     policy: Path
     state: Path
     name: str | None = None
+    device: torch.device = CPU
 
     def answer(self, request: Request, body: bytes) -> tuple[Reply, bytes]:
         """Return the answer to a request; never raises because of what was asked."""
@@ -89,6 +97,7 @@ class SiteWorker:
             policy=policy,
             state=self.state,
             name=self.name,
+            device=self.device,
         )
         answer = answer_content(
             str(request.kind), content, runtime, client, deadline_s=request.patience_s
@@ -112,6 +121,7 @@ def _served(
     policy: Policy,
     state: Path,
     name: str | None,
+    device: torch.device,
 ) -> tuple[ClientId, ClientRuntime]:
     """Return which client a site is under a configuration, and what serves it.
 
@@ -138,9 +148,19 @@ def _served(
         config,
         states=DiskClientState(state / "client_state"),
         site=DeployedSite(privacy=components.privacy, policy=policy),
+        trainer=None if device == CPU else _trainer(components, device),
     )
     own = name or ("site" if policy.data is not None else None)
     return client_of({"client-id": own} if own else known, runtime), runtime
+
+
+def _trainer(components: Components, device: torch.device) -> CohortTrainer | None:
+    """Return what trains on a device; None, with the reason in the log, if that has to be a CPU."""
+    try:
+        return cohort_trainer(components, device=device, chunk_bytes=None)
+    except NotStackableError as error:
+        log.warning("Training on the CPU instead of %s: %s.", device, error)
+        return None
 
 
 def _decoded(body: bytes) -> RecordDict:

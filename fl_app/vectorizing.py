@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +14,7 @@ from fl_app.local_optimizer import steps_elementwise
 from fl_app.objective import is_elementwise
 from fl_app.stacked.layer import NotStackableError
 from fl_app.stacked.probe import Stackable, stackable
-from fl_app.types import Examples
+from fl_app.types import ConfigError, Examples
 
 HEAVY_FLOPS = 5e8
 """Operations of one client's step above which asking for them no longer is what takes the time."""
@@ -22,6 +24,34 @@ CHUNK_BYTES = 32 << 20
 
 class HeavyModelError(NotStackableError):
     """A model is not asked to train side by side, because alone it keeps a core busy."""
+
+
+def check_device(key: str, name: str) -> None:
+    """Refuse what is no name of a device. Raises `ConfigError`."""
+    if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", name):
+        raise ConfigError(f"{key}={name} is not known: choose cpu, cuda, cuda:N or auto.")
+
+
+def device_of(key: str, name: str) -> torch.device:
+    """Return the device of a name: cpu, cuda, cuda:N, or auto for a GPU if there is one.
+
+    Args:
+        key: Who is to blame if it is not there.
+        name: Its name.
+
+    Raises:
+        ConfigError: It is not there, or there is no such name.
+    """
+    check_device(key, name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{key}={name}: torch sees {torch.cuda.device_count()} GPUs here. Choose cpu or auto, "
+            "or install a build of torch for this machine's GPU."
+        )
+    return device
 
 
 def cohort_trainer(

@@ -44,14 +44,14 @@ BASE = ("task/model=logistic", "partition.num_clients=6", "client.epochs=1")
 class SiteClient:
     """The first of six clients, as a site."""
 
-    def __init__(self, folder: Path, policy: str, *, name: str | None = None) -> None:
+    def __init__(self, folder: Path, policy: str, **worker: Any) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         self.folder = folder
         self.ledger = folder / "ledger.jsonl"
         self.policy = folder / "policy.yaml"
         self.node: dict[str, Any] = {"partition-id": 0, "num-partitions": 6}
         self.write(policy)
-        self.worker = SiteWorker(policy=self.policy, state=folder, name=name)
+        self.worker = SiteWorker(policy=self.policy, state=folder, **worker)
 
     def write(self, text: str) -> None:
         """Replace the owner's policy."""

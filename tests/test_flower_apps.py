@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,13 @@ def test_a_position_beyond_the_population_is_refused_with_the_way_out(position: 
         client_of({"partition-id": position}, ["a", "b", "c"])
 
 
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the process look like one of Flower's simulation."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+
+
+@pytest.mark.usefixtures("simulated")
 def test_a_node_learns_the_population_from_its_number_of_partitions() -> None:
     sizes = [
         decode_description(
@@ -125,6 +133,7 @@ def test_a_node_learns_the_population_from_its_number_of_partitions() -> None:
     assert sizes[0] == pytest.approx(2 * sizes[1], abs=3)
 
 
+@pytest.mark.usefixtures("simulated")
 def test_a_node_without_a_part_answers_with_an_error_reply_and_logs_its_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -132,10 +141,11 @@ def test_a_node_without_a_part_answers_with_an_error_reply_and_logs_its_reason(
     reply = ask({"partition-id": 2, "num-partitions": 3}, overrides=overrides)
     failure = failure_of(reply)
     assert failure is not None
-    assert failure[1] == "ClientFailedError: ConfigError; this client's own log says why"
+    assert "ConfigError: partition-id=2 of this node must lie in [0, 2)" in failure[1]
     assert "partition-id=2 of this node must lie in [0, 2)" in caplog.text
 
 
+@pytest.mark.usefixtures("simulated")
 def test_the_text_of_a_foreign_error_stays_on_the_client(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,6 +156,12 @@ def test_the_text_of_a_foreign_error_stays_on_the_client(
     reply = ask({"partition-id": 0, "num-partitions": 2}, overrides=QUICK)
     assert failure_of(reply)[1] == "ClientFailedError: KeyError; see the client's own log"  # type: ignore[index]
     assert "4711" in caplog.text
+
+
+def test_a_real_client_is_not_served_where_the_servers_code_runs() -> None:
+    failure = failure_of(ask({"partition-id": 0, "num-partitions": 2}, overrides=QUICK))
+    assert failure is not None
+    assert "NoSiteError: this client has no site: start `fl-app site" in failure[1]
 
 
 # The ServerApp ---------------------------------------------------------------------------------

@@ -66,6 +66,31 @@ def test_a_site_sends_the_bits_that_a_simulated_client_sends(tmp_path: Path) -> 
         assert torch.equal(update.delta[name], delta)
 
 
+def test_on_another_device_a_site_trains_the_same(tmp_path: Path) -> None:
+    # cpu:0 is a CPU, and no other device than that is sure to be there; what leads to it is.
+    overrides = (*BASE, "client/optimizer=adam", "client.keep_optimizer_state=true")
+    sites = [
+        SiteClient(tmp_path / "there", OPEN_POLICY, device=torch.device("cpu", 0)),
+        SiteClient(tmp_path / "here", OPEN_POLICY),
+    ]
+    for params in (initial(*BASE), initial(*BASE)):
+        there, here = (
+            codec.decode_update(site.told(compose_config(list(overrides)), params=params), "0")
+            for site in sites
+        )
+        for name, delta in here.delta.items():
+            torch.testing.assert_close(there.delta[name], delta, atol=1e-6, rtol=1e-4)
+
+
+def test_what_can_only_be_trained_on_a_cpu_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY, device=torch.device("cpu", 0))
+    alone = ("client.early_stopping_patience=2", "partition.validation_fraction=0.2")
+    assert not site.asked(*alone).has_error()
+    assert "Training on the CPU instead of cpu:0" in caplog.text
+
+
 def test_a_site_evaluates_and_says_who_it_is(tmp_path: Path) -> None:
     site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
     assert codec.decode_evaluation(site.told(config, kind="evaluate")).num_examples > 0

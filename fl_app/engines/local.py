@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from fl_app.foreign import SimulatedApp
 from fl_app.params import read_params
 from fl_app.stacked.layer import NotStackableError
 from fl_app.types import ClientId, ConfigError, PrivacyUnit
-from fl_app.vectorizing import CORES, HeavyModelError, cohort_trainer
+from fl_app.vectorizing import CORES, HeavyModelError, check_device, cohort_trainer, device_of
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +83,7 @@ class LocalEngine:
             raise ConfigError(
                 f"engine.vectorize={self.vectorize} is not known: choose auto, true or false."
             )
-        if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", self.device):
-            raise ConfigError(
-                f"engine.device={self.device} is not known: choose cpu, cuda, cuda:N or auto."
-            )
+        check_device("engine.device", self.device)
 
     def run(self, config: Mapping[str, Any], *, launched_at: float) -> Path:
         """Play a run, or the rest of one; return its folder. Raises as `run_federation`."""
@@ -211,27 +207,11 @@ class LocalEngine:
             NotStackableError: They cannot be trained side by side.
             ConfigError: The device is not there.
         """
-        device = self._device()
+        device = device_of("engine.device", self.device)
         if self.vectorize.lower() == "false":
             return None
         chunk_bytes = None if self.chunk_mib is None else self.chunk_mib << 20
         return cohort_trainer(components, device=device, chunk_bytes=chunk_bytes)
-
-    def _device(self) -> torch.device:
-        """Return where clients are trained side by side.
-
-        Raises:
-            ConfigError: It is not there.
-        """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(self.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"engine.device={self.device}: torch sees {torch.cuda.device_count()} GPUs here. "
-                "Choose cpu or auto, or install a build of torch for this machine's GPU."
-            )
-        return device
 
 
 def simulated_clients(
