@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+def write_atomically(
+    path: Path, content: bytes, *, mode: int = 0o666, owner: tuple[int, int] | None = None
+) -> None:
     """Replace ``path`` by ``content``: after a crash the old file or the new one, never a part.
 
     Written beside it, synced, renamed; then the folder is synced, so that the name lasts too.
@@ -16,6 +18,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         path: The file.
         content: All of it.
         mode: Who may use it; the umask takes from that.
+        owner: User and group that it is given to, which takes root; None: whoever writes it.
 
     Raises:
         OSError: The folder is not writable or the disk is full; the old file is untouched.
@@ -23,6 +26,8 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb", opener=partial(os.open, mode=mode)) as file:
+            if owner is not None:
+                os.fchown(file.fileno(), *owner)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -49,7 +49,8 @@ LAYERS = [
     ["engines"],
     ["launch"],
     ["sweep"],
-    ["ledger_cli", "site_cli"],
+    ["deployment"],
+    ["ledger_cli", "site_cli", "certs_cli"],
     ["cli", "__main__"],
 ]
 
@@ -67,11 +68,15 @@ HOMES = {
         "rounds",
     }
     | {"private_algorithm", "failures", "client_messages", "relay", "site_worker"}
-    | {"federation", "population", "client_app", "server_app", "foreign", "engines"},
+    | {"federation", "population", "client_app", "server_app", "foreign", "engines"}
+    | {"deployment"},
     "flwr_datasets": {"tasks"},
     "opacus": {"privacy", "private_preflight"},
     "dp_accounting": {"privacy"},
-    "cryptography": {"privacy"},
+    "cryptography": {"privacy", "deployment"},
+    "starlette": {"deployment"},
+    "uvicorn": {"deployment"},
+    "httpx": {"deployment"},
     "wandb": {"tracking"},
     "ray": {"engines"},
 }
