@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fl_app.certs_cli import certs_cli
+from fl_app.gateway_cli import gateway
 from fl_app.ledger_cli import ledger_cli
 from fl_app.site_cli import site_cli
 
@@ -34,6 +35,7 @@ cli = typer.Typer(
 cli.add_typer(ledger_cli, name="ledger")
 cli.add_typer(site_cli, name="site")
 cli.add_typer(certs_cli, name="certs")
+cli.command()(gateway)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 _JSON = Annotated[
     bool,

@@ -50,7 +50,7 @@ LAYERS = [
     ["launch"],
     ["sweep"],
     ["deployment"],
-    ["ledger_cli", "site_cli", "certs_cli"],
+    ["ledger_cli", "site_cli", "certs_cli", "gateway_cli"],
     ["cli", "__main__"],
 ]
 
