@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -18,10 +16,10 @@ from fl_app.components import adopt_threads, has_own_grid, make_engine
 from fl_app.config import chosen_engine, from_run_config
 from fl_app.federation import run_federation
 from fl_app.population import engine_of, wait_for_nodes
+from fl_app.run_log import MOST_BYTES, digest_of, file_lines, outcome_line, pack
 from fl_app.types import ConfigError, FlAppError
 
-OUTCOME = "FL_APP_OUTCOME"
-"""Environment variable: the file in which a launcher wants to be told what came of the run."""
+log = logging.getLogger(__name__)
 
 app = ServerApp()
 
@@ -31,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that Flower's run config describes."""
     launched_at = float(context.run_config.get("launched-at") or time.time())
     _show_log()
-    with _telling_the_launcher() as outcome:
+    with _telling_the_launcher(context.run_config) as outcome:
         run_dir = _play(grid, context.run_config, launched_at=launched_at)
         outcome["run_dir"] = str(run_dir)
 
@@ -87,21 +85,40 @@ def _show_log() -> None:
 
 
 @contextmanager
-def _telling_the_launcher() -> Generator[dict[str, str], None, None]:
-    """Write what the block puts into the dict, or its error, to the file that `OUTCOME` names.
+def _telling_the_launcher(
+    run_config: Mapping[str, Any],
+) -> Generator[dict[str, str], None, None]:
+    """Tell what the block puts into the dict, or its error, if a launcher listens to the log.
 
-    Flower's own word on a run is whether it failed; a launcher wants the reason, and the folder.
+    Flower's own word on a run is whether it failed; a launcher wants the reason, and the folder,
+    or all that is in it if that lies on another machine.
     """
     outcome: dict[str, str] = {}
     try:
         yield outcome
+        if run_config.get("collect"):
+            outcome |= _sent(Path(outcome["run_dir"]))
     except Exception as error:
         outcome["error"] = str(error)
         outcome["kind"] = _kind(error)
         raise
     finally:
-        if path := os.environ.get(OUTCOME):
-            Path(path).write_text(json.dumps(outcome), encoding="utf-8")
+        if run_config.get("launched-at"):
+            print(outcome_line(outcome), flush=True)
+
+
+def _sent(run_dir: Path) -> dict[str, str]:
+    """Send the files of a run; return by what the launcher knows them."""
+    archive, left_out = pack(run_dir)
+    for line in file_lines(archive):
+        print(line, flush=True)
+    for name in left_out:
+        log.warning(
+            "%s is larger than the %d MiB that come over a run's log: it stays at %s on the "
+            "server's machine. Copy it from there.",
+            *(name, MOST_BYTES >> 20, (run_dir / name).resolve()),
+        )
+    return {"digest": digest_of(archive)}
 
 
 def _kind(error: Exception) -> str:

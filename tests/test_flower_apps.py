@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -22,6 +21,7 @@ from fl_app.config import chosen_engine, compose_config, from_run_config, to_jso
 from fl_app.engines.local import adopt_identity
 from fl_app.failures import failure_of
 from fl_app.population import wait_for_nodes
+from fl_app.run_log import Heard
 from fl_app.types import ConfigError, EmptyCohortError
 
 QUICK = "task/model=logistic client.epochs=1 rounds=1 progress=none"
@@ -167,13 +167,23 @@ def test_a_real_client_is_not_served_where_the_servers_code_runs() -> None:
 # The ServerApp ---------------------------------------------------------------------------------
 
 
-def test_the_launcher_is_told_the_folder_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def told(printed: str) -> dict[str, str]:
+    """Return what a launcher takes from a run's log."""
+    heard = Heard()
+    for line in printed.splitlines(keepends=True):
+        heard.take(line)
+    return heard.outcome
+
+
+def test_the_launcher_is_told_the_folder_of_a_run_and_nobody_else_is(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(server_app.OUTCOME, str(tmp_path / "outcome.json"))
-    with server_app._telling_the_launcher() as outcome:
+    with server_app._telling_the_launcher({"launched-at": 1.0}) as outcome:
         outcome["run_dir"] = "somewhere"
-    assert json.loads((tmp_path / "outcome.json").read_text()) == {"run_dir": "somewhere"}
+    assert told(capsys.readouterr().out) == {"run_dir": "somewhere"}
+    with server_app._telling_the_launcher({"launched-at": 0.0}) as outcome:
+        outcome["run_dir"] = "somewhere"
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -185,13 +195,11 @@ def test_the_launcher_is_told_the_folder_of_a_run(
     ],
 )
 def test_the_launcher_is_told_why_a_run_failed(
-    error: Exception, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(server_app.OUTCOME, str(tmp_path / "outcome.json"))
-    with pytest.raises(type(error)), server_app._telling_the_launcher():
+    with pytest.raises(type(error)), server_app._telling_the_launcher({"launched-at": 1.0}):
         raise error
-    told = json.loads((tmp_path / "outcome.json").read_text())
-    assert told == {"error": str(error), "kind": kind}
+    assert told(capsys.readouterr().out) == {"error": str(error), "kind": kind}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +246,7 @@ def test_an_engine_is_chosen_by_an_override_of_its_group_alone(
 
 @pytest.mark.parametrize("program", [False, True])
 def test_an_engine_that_was_asked_for_plays_what_fl_app_run_plays_without_flowers_grid(
-    program: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = ["engine=local", "rounds=2", f"run_dir={tmp_path}/run"]
     quick = [o for o in TINY if "num_clients" not in o]  # nobody counts nodes
@@ -247,10 +255,8 @@ def test_an_engine_that_was_asked_for_plays_what_fl_app_run_plays_without_flower
         if program
         else {"overrides": " ".join([*quick, *typed])}
     )
-    monkeypatch.setenv(server_app.OUTCOME, str(tmp_path / "outcome.json"))
-    server_app.main(NobodyAsked(), context({}, **given))
-    told = json.loads((tmp_path / "outcome.json").read_text())
-    assert told == {"run_dir": f"{tmp_path}/run"}
+    server_app.main(NobodyAsked(), context({}, **{"launched-at": 1.0, **given}))
+    assert told(capsys.readouterr().out) == {"run_dir": f"{tmp_path}/run"}
     local = play(tmp_path / "local", *quick, "rounds=2", tiny=False)
     summary, expected = summary_of(tmp_path / "run"), summary_of(local)
     assert (summary["engine"], summary["clients"]) == ("local", 10)

@@ -13,6 +13,7 @@ PACKAGE = REPOSITORY / "fl_app"
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
     ["__version__", "errors", "files", "site_protocol"],
+    ["run_log"],
     ["types"],
     ["run_config"],
     ["params"],

@@ -8,77 +8,42 @@ ServerApp and ClientApp are the same, and so are the bits.
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 import os
-import re
 import shutil
 import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from fl_app.components import build, check_stopping, settled
 from fl_app.config import to_json
+from fl_app.engines.flower_command import (
+    FlowerCommand,
+    flower_environment,
+    judge,
+    summarised,
+    with_last_lines,
+)
+from fl_app.engines.guarded import guarded
 from fl_app.federation import initial_model
 from fl_app.run_config import local_path
-from fl_app.server_app import OUTCOME
 from fl_app.types import ConfigError, FlAppError, InterruptedRunError
 
-log = logging.getLogger(__name__)
-
 HOST = "127.0.0.1"
-CONNECTION = "simulation"
-"""Name of our SuperLink among the connections of the `flwr` command."""
-
 START_S = 60.0
 """Seconds a SuperLink may take to start: two on a quiet machine."""
 
-_LAST_LINES = 15
 _BASE_LENGTH = 20
-
-# What Flower says of its own doings; the rest of a run's log is worth a person's time.
-_CHATTER = re.compile(
-    r"(\x1b\[\d+m)?(INFO|DEBUG)\b|.*default simulated SuperNodes changed|Using SuperLink|"
-    r"Successfully (started|installed)|.*Manually terminating ClientAppActor|\s*$"
-)
-
-_APP = {
-    # Whatever is installed or on sys.path here is what runs: nothing of it is copied.
-    "pyproject.toml": """
-        [project]
-        name = "fl-app"
-        version = "0"
-        description = "What this installation of fl-app has to run."
-        license = "Apache-2.0"
-        [tool.flwr.app]
-        publisher = "fl-app"
-        fab-include = ["entry.py"]
-        [tool.flwr.app.components]
-        serverapp = "entry:server"
-        clientapp = "entry:client"
-        [tool.flwr.app.config]
-        config-json = ""
-        launched-at = 0.0
-    """,
-    "entry.py": "from fl_app import client_app, server_app\n\n"
-    "server = server_app.app\nclient = client_app.app\n",
-}
 
 
 class SimulationError(FlAppError):
-    """Flower's simulation did not complete the run."""
+    """Flower's simulation could not be started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +96,8 @@ class SimulationEngine:
         Raises:
             ConfigError: The configuration cannot be run, or a port is in use.
             InterruptedRunError: Ctrl-C was pressed.
-            SimulationError: Flower did not complete the run.
+            FlowerRunError: Flower did not complete the run.
+            SimulationError: Flower's simulation did not start.
         """
         config = _with_absolute_paths(config)
         config = settled(config)
@@ -140,8 +106,11 @@ class SimulationEngine:
         initial_model(components, None if config["resume"] else config["initial_model"])
         clients = len(components.data.clients)
         try:
-            with _super_link(self._environment(), self.port) as home:
-                return _play(home, config, self._federation(clients), launched_at=launched_at)
+            with _super_link(self._environment(), self.port) as flwr:
+                options = ("--federation-config", self._federation(clients))
+                ended = flwr.play(config, launched_at=launched_at, options=options)
+                outcome = judge(ended, "Flower's simulation")
+                return summarised(Path(outcome["run_dir"]), ended)
         except KeyboardInterrupt:
             folder = config["resume"] or config["run_dir"] or config["output_url"]
             raise InterruptedRunError(
@@ -161,25 +130,17 @@ class SimulationEngine:
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of Flower's and Ray's processes."""
-        scripts = sysconfig.get_path("scripts")
         # An outer cluster is not ours to use: its processes have another environment.
-        inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        inherited = {k: v for k, v in flower_environment().items() if k != "RAY_ADDRESS"}
         warnings = [
             inherited.get("PYTHONWARNINGS", ""),
             "ignore::FutureWarning:ray._private.worker",
         ]
         return inherited | {
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "OMP_NUM_THREADS": str(self.threads),
             "MKL_NUM_THREADS": str(self.threads),
-            "PATH": os.pathsep.join([scripts, inherited.get("PATH", os.defpath)]),
-            # What can be imported here can be imported there.
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
-            "PYTHONUNBUFFERED": "1",  # the log is followed as it is written
             "PYTHONWARNINGS": ",".join(filter(None, warnings)),
         }
 
@@ -202,84 +163,34 @@ def _with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **absolute, "privacy": privacy, "output_url": output_url}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Home:
-    """A folder for one SuperLink and all that belongs to it, and the way to reach it."""
-
-    folder: Path
-    environment: Mapping[str, str]
-
-    @property
-    def outcome(self) -> Path:
-        """Where the ServerApp says what came of the run."""
-        return self.folder / "outcome.json"
-
-    @property
-    def log(self) -> Path:
-        """What the SuperLink, and all it starts, print."""
-        return self.folder / "superlink.log"
-
-    def flwr(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start the ``flwr`` command; Ctrl-C does not reach it."""
-        return subprocess.Popen(
-            ["flwr", *arguments],
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-
-
 @contextmanager
-def _super_link(environment: Mapping[str, str], port: int) -> Generator[_Home, None, None]:
+def _super_link(environment: Mapping[str, str], port: int) -> Generator[FlowerCommand, None, None]:
     """Start a SuperLink; when the block ends, however it does, so does all that it started."""
     port = _claimed(port)
     # Ray keeps sockets below, and the path of one may have 107 characters.
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _BASE_LENGTH else "/tmp"
     folder = Path(tempfile.mkdtemp(prefix="fl-app-", dir=base))
-    paths = {"FLWR_HOME": str(folder), "RAY_TMPDIR": str(folder), "TMPDIR": str(folder)}
-    home = _Home(
-        folder=folder,
-        environment={**environment, **paths, OUTCOME: str(folder / "outcome.json")},
-    )
-    warden: subprocess.Popen[bytes] | None = None
+    environment = {
+        **environment,
+        **dict.fromkeys(("FLWR_HOME", "RAY_TMPDIR", "TMPDIR"), str(folder)),
+    }
+    command = [
+        *("flower-superlink", "--insecure", "--simulation"),
+        *("--isolation", "subprocess", "--host", HOST, "--port", str(port)),
+    ]
     try:
-        _write_app(folder / "app")
-        (folder / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n'
-            f'[superlink.{CONNECTION}]\naddress = "{HOST}:{port}"\ninsecure = true\n'
+        flwr = FlowerCommand(
+            home=folder, address=f"{HOST}:{port}", insecure=True, environment=environment
         )
-        with home.log.open("wb") as output:
-            warden = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "fl_app.engines.warden", str(folder)),
-                    *("flower-superlink", "--insecure", "--simulation"),
-                    *("--isolation", "subprocess", "--host", HOST, "--port", str(port)),
-                ],
-                env=home.environment,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
-            )
-        _wait_until_up(warden, port, home)
-        yield home
+        printed = folder / "superlink.log"
+        with (
+            printed.open("wb") as output,
+            guarded(command, folder=folder, environment=environment, output=output) as warden,
+        ):
+            _wait_until_up(warden, port, printed)
+            yield flwr
     finally:
-        _end(warden)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end(warden: subprocess.Popen[bytes] | None) -> None:
-    """Close a warden's stdin and wait until it has ended everything, whatever interrupts."""
-    if warden is None or warden.stdin is None:
-        return
-    warden.stdin.close()
-    while warden.poll() is None:
-        with suppress(KeyboardInterrupt):  # a second Ctrl-C must not leave half of it running
-            warden.wait()
 
 
 def _claimed(port: int) -> int:
@@ -300,14 +211,7 @@ def _claimed(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _write_app(folder: Path) -> None:
-    """Write a Flower app that has what is installed here run."""
-    folder.mkdir()
-    for name, content in _APP.items():
-        (folder / name).write_text("\n".join(line.strip() for line in content.splitlines()) + "\n")
-
-
-def _wait_until_up(warden: subprocess.Popen[bytes], port: int, home: _Home) -> None:
+def _wait_until_up(warden: subprocess.Popen[bytes], port: int, printed: Path) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if warden.poll() is not None:
@@ -315,71 +219,5 @@ def _wait_until_up(warden: subprocess.Popen[bytes], port: int, home: _Home) -> N
         with suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=1.0):
             return
         time.sleep(0.05)
-    text = home.log.read_text(errors="replace") if home.log.exists() else ""
-    raise SimulationError(_with_last_lines("Flower's SuperLink did not start", text.splitlines()))
-
-
-def _play(home: _Home, config: Mapping[str, Any], federation: str, *, launched_at: float) -> Path:
-    """Submit the run, follow it to its end, and return its folder.
-
-    Flower's word on the run and the run's own summary must agree: a run whose clients never
-    answered counts as completed there, and `flwr run` exits with 0 for one that failed.
-    """
-    run_config = home.folder / "run.toml"  # a file, so that no shell and no parser eats quotes
-    run_config.write_text(
-        # A JSON string is a TOML string.
-        f"config-json = {json.dumps(to_json(config))}\nlaunched-at = {float(launched_at)!r}\n",
-        encoding="utf-8",
-    )
-    submit = ["run", str(home.folder / "app"), CONNECTION, "--run-config", str(run_config)]
-    stream = home.flwr(*submit, "--federation-config", federation, "--stream")
-    lines = _shown(stream)
-    status = _status(home)
-    outcome = json.loads(home.outcome.read_text()) if home.outcome.exists() else {}
-    _raise_for(outcome, lines)
-    run_dir = Path(outcome.get("run_dir", ""))
-    if status != "finished:completed" or not (run_dir / "summary.json").is_file():
-        raise SimulationError(_with_last_lines(f"Flower's simulation ended as {status}", lines))
-    return run_dir
-
-
-def _raise_for(outcome: Mapping[str, str], lines: list[str]) -> None:
-    """Raise what the ServerApp raised, if it did, in words for the person at the terminal."""
-    kind, error = outcome.get("kind"), outcome.get("error", "")
-    if kind == "config":
-        raise ConfigError(error)
-    if kind == "known":
-        raise SimulationError(error)
-    if kind is not None:
-        raise SimulationError(_with_last_lines(f"the run failed with {kind}: {error}", lines))
-
-
-def _shown(stream: subprocess.Popen[str]) -> list[str]:
-    """Show a run's log until it ends, if logs are shown; return its last lines; chatter aside."""
-    quiet = not log.isEnabledFor(logging.INFO)
-    kept: deque[str] = deque(maxlen=200)
-    with stream:
-        lines: Iterator[str] = stream.stdout if stream.stdout is not None else iter(())
-        try:
-            for line in lines:
-                if not _CHATTER.match(line):
-                    kept.append(line.rstrip())
-                    if not quiet:
-                        typer.echo(line.rstrip(), err=True)
-        finally:
-            stream.kill()
-    return list(kept)
-
-
-def _status(home: _Home) -> str:
-    """Return Flower's word on our only run, such as ``finished:completed``."""
-    printed, _ = home.flwr("ls", CONNECTION, "--format", "json").communicate()
-    try:
-        return str(json.loads(printed)["runs"][0]["status"])
-    except (ValueError, LookupError, TypeError):
-        return "no run at all"
-
-
-def _with_last_lines(message: str, lines: list[str]) -> str:
-    last = [line for line in lines if line.strip()][-_LAST_LINES:]
-    return "\n".join([f"{message}; the last lines of its log:", *last]) if last else f"{message}."
+    lines = printed.read_text(errors="replace").splitlines() if printed.exists() else []
+    raise SimulationError(with_last_lines("Flower's SuperLink did not start", lines))
