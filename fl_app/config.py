@@ -42,6 +42,14 @@ RESUMABLE_KEYS = (
     "engine.client_cpus",
     "engine.client_gpus",
     "engine.port",
+    "engine.superlink",
+    "engine.root_certificates",
+    "engine.insecure",
+    "engine.gpu",
+    "engine.compose_file",
+    "engine.project",
+    "engine.keep_up",
+    "engine.start_s",
 )
 """Keys that may be given anew when a run is resumed: they change nothing of what has been done."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from fl_app.errors import ConfigError
 
@@ -121,17 +121,21 @@ def register(population: int | None = None) -> None:
     """Make the schema of the top-level keys, and the resolvers, known to Hydra.
 
     Args:
-        population: What ``${population:DEFAULT}`` gives, or None for its default.
+        population: What ``${population:DEFAULT}`` gives, or None for ``engine.clients``, or for its
+            default where the engine takes any number.
     """
     ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="fl_app")
     OmegaConf.register_new_resolver("local_path", local_path, replace=True)
     OmegaConf.register_new_resolver("sweep_path", sweep_path, replace=True)
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)
-    OmegaConf.register_new_resolver(
-        "population",
-        lambda default: int(default) if population is None else population,
-        replace=True,
-    )
+
+    def resolved(default: int, *, _root_: DictConfig) -> int:
+        if population is not None:
+            return population
+        clients = OmegaConf.select(_root_, "engine.clients")  # an engine with so many, or without
+        return int(default if clients is None else clients)
+
+    OmegaConf.register_new_resolver("population", resolved, replace=True)
 
 
 def local_path(url: str) -> str:

@@ -42,7 +42,8 @@ def test_every_yaml_composes_builds_and_round_trips_through_json(choice: str) ->
 
 @pytest.mark.parametrize("name", [g.split("/")[1] for g in GROUPS if g.startswith("experiment/")])
 def test_every_experiment_runs_two_rounds(name: str, tmp_path: Path) -> None:
-    run_dir = play(tmp_path / "run", f"experiment={name}", "rounds=2", "progress=none", tiny=False)
+    short = ("engine=local", "rounds=2", "progress=none")
+    run_dir = play(tmp_path / "run", f"experiment={name}", *short, tiny=False)
     summary = summary_of(run_dir)
     assert summary["rounds"] == 2
     assert summary["metrics"]["accuracy"] > 0.2

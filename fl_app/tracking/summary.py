@@ -30,6 +30,15 @@ UNHASHED_KEYS: tuple[str, ...] = (
     "engine.cpus",
     "engine.client_cpus",
     "engine.client_gpus",
+    "engine.superlink",
+    "engine.root_certificates",
+    "engine.insecure",
+    "engine.gpu",
+    "engine.compose_file",
+    "engine.project",
+    "engine.keep_up",
+    "engine.start_s",
+    "engine.shared_outputs",
     "engine.port",
 )
 """Config keys that do not change a result, so runs that differ only here share a config hash.
