@@ -33,6 +33,7 @@ from fl_app.training import (
     TrainedModel,
     evaluate,
     evaluate_each,
+    evaluate_fully_each,
     evaluate_quickly,
     train_locally,
 )
@@ -235,6 +236,10 @@ class ClientRuntime:
     def measure(self, parts: Sequence[Examples], params: Params) -> list[Evaluation]:
         """Return how a model does on each of several clients' held-out parts."""
         return evaluate_each(self._model, self._task, parts, params=params)
+
+    def measure_fully(self, parts: Sequence[Examples], params: Params) -> list[Evaluation]:
+        """Return all metrics of a model on each of several clients' held-out parts."""
+        return evaluate_fully_each(self._model, self._task, parts, params=params)
 
     def assignment(
         self, client: ClientId, instruction: TrainInstruction, examples: ClientExamples

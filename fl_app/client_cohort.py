@@ -9,22 +9,26 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 from fl_app.client import ClientRuntime, Trained
 from fl_app.cohort import CohortTrainer, is_out_of_memory
 from fl_app.failures import failure_from
+from fl_app.metric_records import as_sent
 from fl_app.privacy.base import Admission
 from fl_app.stacked.layer import NotStackableError
-from fl_app.training import TrainedModel
+from fl_app.training import EVALUATION_BATCH, TrainedModel
 from fl_app.types import (
     ClientExamples,
     ClientId,
     ClientUpdate,
     Evaluation,
+    Examples,
     Failure,
     FlAppError,
+    Params,
     TrainInstruction,
 )
 
@@ -246,6 +250,61 @@ class ClientCohort:
             )
         except Exception as error:  # it costs the round that client alone
             return _failed(client, error)
+
+
+def measure_clients(
+    runtime: ClientRuntime, clients: Sequence[ClientId], params: Params, deadline: float | None
+) -> dict[ClientId, Evaluation]:
+    """Return all metrics of a model on clients' own held-out parts.
+
+    Left out are those without such a part, whose policy withholds it, that fail, or whose turn
+    would come after the deadline. As many are measured together as a model is run on at once.
+
+    Args:
+        runtime: Serves them.
+        clients: Whom to ask.
+        params: The model.
+        deadline: A `time.monotonic` value, or None.
+    """
+    evaluations: dict[ClientId, Evaluation] = {}
+    if not runtime.measures():
+        return evaluations
+    waiting: dict[ClientId, Examples] = {}
+    records = 0
+    for client in clients:
+        if deadline is not None and time.monotonic() > deadline:
+            return evaluations
+        with suppress(Exception):  # whatever a client raises costs its own evaluation alone
+            test = runtime.data.examples_of(client).test
+            if test is not None:
+                records += len(test)
+                waiting[client] = test
+        if records >= EVALUATION_BATCH:
+            evaluations |= _measured_together(runtime, waiting, params)
+            waiting, records = {}, 0
+    return evaluations | _measured_together(runtime, waiting, params)
+
+
+def _measured_together(
+    runtime: ClientRuntime, parts: Mapping[ClientId, Examples], params: Params
+) -> dict[ClientId, Evaluation]:
+    """Return what can be measured; one by one if it cannot be done together."""
+    if not parts:
+        return {}
+    try:
+        measured = runtime.measure_fully(list(parts.values()), params)
+        return _as_sent(dict(zip(parts, measured, strict=True)))
+    except Exception:
+        evaluations: dict[ClientId, Evaluation] = {}
+        for client, part in parts.items():
+            with suppress(Exception):
+                evaluations |= _as_sent({client: runtime.measure_fully([part], params)[0]})
+        return evaluations
+
+
+def _as_sent(evaluations: Mapping[ClientId, Evaluation]) -> dict[ClientId, Evaluation]:
+    sent = {client: as_sent(evaluation) for client, evaluation in evaluations.items()}
+    return {client: evaluation for client, evaluation in sent.items() if evaluation is not None}
 
 
 def _failed(client: ClientId, error: Exception) -> Failure:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any, TypeVar, cast
 
 from flwr.app import (
@@ -34,6 +33,12 @@ from flwr.app import (
 
 from fl_app import __version__
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
+from fl_app.metric_records import (
+    TEST_NUM_EXAMPLES,
+    decode_evaluation_in,
+    evaluation_figures,
+    figures_of,
+)
 from fl_app.params import num_bytes
 from fl_app.types import (
     Budget,
@@ -47,10 +52,9 @@ from fl_app.types import (
 )
 
 _ARRAYS, _CONFIG, _METRICS, _CLIENT = "arrays", "config", "metrics", "client"
-_ROUND, _NUM_EXAMPLES, _TEST_NUM_EXAMPLES = "server-round", "num-examples", "test-num-examples"
-_TRAIN, _TEST = "train-", "test-"
+_ROUND, _NUM_EXAMPLES, _TRAIN = "server-round", "num-examples", "train-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
-_MOST_METRICS, _LONGEST_NAME, _MOST_LABELS = 64, 64, 10_000
+_LONGEST_NAME, _MOST_LABELS = 64, 10_000
 _RUN, _RUN_DIR, _MAX_NORM, _VERSION = "run", "run-dir", "max-norm", "fl-app"
 _PRIVACY, _SPENT, _EPSILON = "privacy", "epsilon-spent", "epsilon"
 _DELTA, _ROUNDS_LEFT = "delta", "rounds-left"
@@ -136,7 +140,7 @@ def decode_update(reply: Message, client: ClientId) -> ClientUpdate:
         delta=delta,
         num_examples=num_examples,
         metrics=figures_of(metrics, _TRAIN),
-        evaluation=_decode_evaluation(metrics),
+        evaluation=decode_evaluation_in(metrics),
         num_bytes=num_bytes(delta),
         num_bytes_uncompressed=num_bytes(delta),
         budget=_decode_budget(reply),
@@ -149,9 +153,9 @@ def decode_evaluation(reply: Message) -> Evaluation:
     Raises:
         MalformedReplyError: There is none.
     """
-    evaluation = _decode_evaluation(_record(reply, _METRICS, MetricRecord))
+    evaluation = decode_evaluation_in(_record(reply, _METRICS, MetricRecord))
     if evaluation is None:
-        raise MalformedReplyError(f"{_TEST_NUM_EXAMPLES} is missing")
+        raise MalformedReplyError(f"{TEST_NUM_EXAMPLES} is missing")
     return evaluation
 
 
@@ -185,31 +189,6 @@ def _record(reply: Message, key: str, kind: type[_R]) -> _R:
     if not isinstance(record, kind):
         raise MalformedReplyError(f"its {kind.__name__} {key!r} is missing")
     return record
-
-
-def figures_of(metrics: MetricRecord, prefix: str) -> Mapping[str, float]:
-    """Return the figures with a prefix; what is no plain finite figure is left out.
-
-    They go into means, and into files that must stay readable, whatever a client sends.
-    """
-    named = {
-        key.removeprefix(prefix).replace("-", "_"): float(value)
-        for key, value in islice(metrics.items(), _MOST_METRICS)
-        if key.startswith(prefix) and isinstance(value, (int, float))
-    }
-    return {
-        name: value
-        for name, value in named.items()
-        if math.isfinite(value) and len(name) <= _LONGEST_NAME and name.isidentifier()
-    }
-
-
-def _decode_evaluation(metrics: MetricRecord) -> Evaluation | None:
-    count = metrics.get(_TEST_NUM_EXAMPLES)
-    if not isinstance(count, int) or count <= 0:
-        return None
-    figures = {k: v for k, v in figures_of(metrics, _TEST).items() if k != "num_examples"}
-    return Evaluation(num_examples=count, metrics=figures)
 
 
 def model_replies(
@@ -334,7 +313,7 @@ def encode_update(update: ClientUpdate) -> RecordDict:
     """Return the reply that carries an update."""
     metrics: dict[str, int | float] = {_NUM_EXAMPLES: update.num_examples}
     metrics |= {f"{_TRAIN}{name.replace('_', '-')}": v for name, v in update.metrics.items()}
-    metrics |= _encode_evaluation(update.evaluation)
+    metrics |= evaluation_figures(update.evaluation)
     content = RecordDict(
         {_ARRAYS: encode_params(update.delta), _METRICS: MetricRecord(dict(metrics))}
     )
@@ -345,7 +324,7 @@ def encode_update(update: ClientUpdate) -> RecordDict:
 
 def encode_evaluation(evaluation: Evaluation) -> RecordDict:
     """Return the reply that carries an evaluation."""
-    metrics = {_NUM_EXAMPLES: evaluation.num_examples} | _encode_evaluation(evaluation)
+    metrics = {_NUM_EXAMPLES: evaluation.num_examples} | evaluation_figures(evaluation)
     return RecordDict({_METRICS: MetricRecord(dict(metrics))})
 
 
@@ -366,12 +345,3 @@ def _encode_budget(budget: Budget) -> ConfigRecord:
     if budget.rounds_left is not None:
         record[_ROUNDS_LEFT] = budget.rounds_left
     return record
-
-
-def _encode_evaluation(evaluation: Evaluation | None) -> dict[str, int | float]:
-    if evaluation is None:
-        return {}
-    figures: dict[str, int | float] = {_TEST_NUM_EXAMPLES: evaluation.num_examples}
-    return figures | {
-        f"{_TEST}{name.replace('_', '-')}": value for name, value in evaluation.metrics.items()
-    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from flwr.serverapp import Grid
@@ -20,7 +20,9 @@ from fl_app.types import (
     ClientDescription,
     ClientId,
     ClientUpdate,
+    Evaluation,
     Failure,
+    Params,
     TrainInstruction,
     client_order,
 )
@@ -69,6 +71,15 @@ class TrainsCohorts(Protocol):
 
     def cohort(self, clients: Sequence[ClientId], instruction: TrainInstruction) -> Cohort | None:
         """Return the cohort, asked; None if its clients take messages."""
+        ...
+
+    def evaluations(
+        self, clients: Sequence[ClientId], params: Params, *, timeout_s: float | None
+    ) -> Mapping[ClientId, Evaluation] | None:
+        """Return a model measured by clients on their own held-out parts; None as in `cohort`.
+
+        Clients that would not answer a message, or not in time, are left out.
+        """
         ...
 
 

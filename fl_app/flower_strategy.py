@@ -26,7 +26,8 @@ from flwr.supercore.run import Run
 
 from fl_app.algorithm import Algorithm, Memory, ServerState, Step
 from fl_app.arrays import MalformedReplyError, decode_params, encode_params
-from fl_app.codec import figures_of, model_replies
+from fl_app.codec import model_replies
+from fl_app.metric_records import figures_of
 from fl_app.objective import LocalObjective, OwnLoss, Proximal
 from fl_app.params import describe_misfit
 from fl_app.types import (

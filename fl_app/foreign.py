@@ -21,6 +21,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from fl_app import codec
 from fl_app.arrays import MalformedReplyError, decode_params
 from fl_app.client_state import MemoryClientState
+from fl_app.metric_records import figures_of
 from fl_app.params import num_bytes
 from fl_app.types import (
     ClientId,
@@ -231,5 +232,5 @@ def _count(metrics: MetricRecord) -> int:
 
 
 def _figures(metrics: MetricRecord, prefix: str) -> dict[str, float]:
-    figures = codec.figures_of(metrics, "")
+    figures = figures_of(metrics, "")
     return {k.removeprefix(prefix): v for k, v in figures.items() if k != "num_examples"}

@@ -18,17 +18,11 @@ from flwr.serverapp.strategy import Strategy
 
 from fl_app.algorithm import Algorithm, ServerState, Step, hides_clients
 from fl_app.answers import Answers
-from fl_app.arrays import MalformedReplyError
-from fl_app.codec import (
-    decode_instruction,
-    encode_model,
-    evaluate_messages,
-    instruction,
-    train_messages,
-)
+from fl_app.codec import decode_instruction, encode_model, train_messages
 from fl_app.cohort_figures import accuracies, mean_metrics
 from fl_app.directory import Cohort, Directory, KnowsClients, TrainsCohorts
 from fl_app.foreign import OurReplies, Replies
+from fl_app.own_measurements import OwnMeasurements
 from fl_app.params import num_bytes
 from fl_app.selection import Selector, Without, secret_sample_rate
 from fl_app.types import (
@@ -220,23 +214,13 @@ class FederatedStrategy(Strategy):
 
         Clients without such a part, that are offline or do not answer are left out.
         """
-        nodes = {self._directory.node_of(client): client for client in clients}
-        known = {node: client for node, client in nodes.items() if node is not None}
-        timeout = self._selector.round_timeout_s
-        content = instruction(self.current_arrays(), ConfigRecord(), round=self.state.round)
-        messages = evaluate_messages(
-            dict.fromkeys(known, content), round=self.state.round, ttl=timeout or NO_LIMIT_S
+        ask = OwnMeasurements(
+            directory=self._directory,
+            replies=self._replies,
+            timeout_s=self._selector.round_timeout_s,
+            ttl_s=NO_LIMIT_S,
         )
-        evaluations = {}
-        for reply in grid.send_and_receive(messages, timeout=timeout):
-            client = known.get(reply.metadata.src_node_id)
-            if client is None or reply.has_error():
-                continue
-            try:
-                evaluations[client] = self._replies.evaluation(reply)
-            except MalformedReplyError as error:
-                log.warning("Client %s: evaluation ignored, %s.", client, error)
-        return dict(sorted(evaluations.items(), key=lambda entry: client_order(entry[0])))
+        return ask(grid, clients, self.state.params, round=self.state.round)
 
     def clients(self) -> Sequence[ClientId]:
         """Return the ids of all clients known so far; may be lazy."""

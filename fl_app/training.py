@@ -311,6 +311,38 @@ def evaluate_quickly(model: nn.Module, task: Task, examples: Examples) -> Evalua
     return Evaluation(num_examples=len(examples), metrics=metrics)
 
 
+def evaluate_fully_each(
+    model: nn.Module, task: Task, parts: Sequence[Examples], *, params: Params
+) -> list[Evaluation]:
+    """Return what `evaluate` gives for one model on each of several sets of records.
+
+    Arguments as of `evaluate_each`.
+    """
+    _, outputs, losses = _run_together(model, task, parts, params)
+    counts = [len(part) for part in parts]
+    return [
+        Evaluation(
+            num_examples=len(part),
+            metrics={"loss": own_losses.mean().item(), **task.metrics(own_outputs, part.targets)},
+        )
+        for part, own_outputs, own_losses in zip(
+            parts, torch.split(outputs, counts), torch.split(losses.double(), counts), strict=True
+        )
+    ]
+
+
+def _run_together(
+    model: nn.Module, task: Task, parts: Sequence[Examples], params: Params
+) -> tuple[Examples, Tensor, Tensor]:
+    """Return all parts in one, and the model's outputs and losses on them."""
+    write_params(model, params)
+    together = Examples(
+        inputs=torch.cat([part.inputs for part in parts]),
+        targets=torch.cat([part.targets for part in parts]),
+    )
+    return together, *_outputs_and_losses(model, task, together)
+
+
 def evaluate_each(
     model: nn.Module, task: Task, parts: Sequence[Examples], *, params: Params
 ) -> list[Evaluation]:
@@ -324,12 +356,7 @@ def evaluate_each(
         parts: Sets of at least one record each.
         params: The model to measure.
     """
-    write_params(model, params)
-    together = Examples(
-        inputs=torch.cat([part.inputs for part in parts]),
-        targets=torch.cat([part.targets for part in parts]),
-    )
-    outputs, losses = _outputs_and_losses(model, task, together)
+    together, outputs, losses = _run_together(model, task, parts, params)
     counts = [len(part) for part in parts]
     figures = {"loss": losses.double()}
     if outputs.ndim == 2 and not together.targets.is_floating_point():

@@ -21,7 +21,7 @@ from flwr.app import Context, Message, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_app.client_app import app as client_app
-from fl_app.client_cohort import AloneWork, ClientCohort, CohortWork, Work
+from fl_app.client_cohort import AloneWork, ClientCohort, CohortWork, Work, measure_clients
 from fl_app.client_messages import admit as admit_cohort
 from fl_app.client_messages import local_runtime, local_states
 from fl_app.client_state import MemoryClientState
@@ -197,8 +197,16 @@ class LocalEngine:
                 threads=self.threads,
             )
             work, close = lanes, lanes.close
-        gather = partial(ClientCohort, local_runtime(run_config), work)
-        return LocalGrid(clients, InProcess(app, run_config), states, gather=gather, close=close)
+        runtime = local_runtime(run_config)
+        return LocalGrid(
+            clients,
+            InProcess(app, run_config),
+            states,
+            gather=partial(ClientCohort, runtime, work),
+            # Others may mix the records that they are run on together.
+            measure=partial(measure_clients, runtime) if work.side_by_side else None,
+            close=close,
+        )
 
     def _trainer(self, components: Components) -> CohortTrainer | None:
         """Return what trains clients side by side; None if they are to be trained one by one.

@@ -17,7 +17,7 @@ from fl_app.client_state import MemoryClientState
 from fl_app.failures import error_reply
 from fl_app.tasks.federated import ClientRange
 from fl_app.training import ClientTimeoutError
-from fl_app.types import ClientId, TrainInstruction, client_order
+from fl_app.types import ClientId, Evaluation, Params, TrainInstruction, client_order
 
 RUN_ID = 1
 """Flower's number of the one run that a process plays at a time."""
@@ -85,6 +85,8 @@ class LocalGrid(Grid):
         states: What clients remember; part of the run's checkpoints.
         admit: Pays for the training of a cohort at once; None if there is nothing to pay.
         gather: Has a cohort train together; None if its clients take messages.
+        measure: Has clients measure a model together, given the `time.monotonic` value at which to
+            stop, or None; None likewise.
         close: Called when the Grid is no longer needed.
     """
 
@@ -97,6 +99,8 @@ class LocalGrid(Grid):
         admit: Callable[[Sequence[Message], Sequence[ClientId]], list[Message | UserConfig]]
         | None = None,
         gather: Callable[[Sequence[ClientId], TrainInstruction], ClientCohort] | None = None,
+        measure: Callable[[Sequence[ClientId], Params, float | None], Mapping[ClientId, Evaluation]]
+        | None = None,
         close: Callable[[], None] | None = None,
     ) -> None:
         self.directory = LocalDirectory(clients)
@@ -104,6 +108,7 @@ class LocalGrid(Grid):
         self._states = states
         self._admit = admit
         self._gather = gather
+        self._measure = measure
         self._close = close
         self._run = Run.create_empty(RUN_ID)
         self._queue: dict[str, Message] = {}
@@ -194,6 +199,15 @@ class LocalGrid(Grid):
     ) -> ClientCohort | None:
         """Return clients asked to train together; None if they take messages."""
         return None if self._gather is None else self._gather(clients, instruction)
+
+    def evaluations(
+        self, clients: Sequence[ClientId], params: Params, *, timeout_s: float | None
+    ) -> Mapping[ClientId, Evaluation] | None:
+        """Return a model measured by clients; None if they take messages."""
+        if self._measure is None:
+            return None
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return self._measure(clients, params, deadline)
 
     def snapshot(self) -> Mapping[str, Any]:
         """Return what the clients remember."""
