@@ -7,7 +7,7 @@ A rule is a frozen dataclass with ``__call__(updates) -> Params``, named by ``_t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -50,6 +50,48 @@ def is_uniform_mean(rule: Aggregation) -> bool:
     return bool(getattr(rule, "is_uniform_mean", False))
 
 
+class RunningMean:
+    """The mean of updates that come in parts, of which no more is held than their sum.
+
+    Sums are kept in double precision, so a mean that came in one part is that part's to the bit.
+
+    Args:
+        rule: The mean; of a part, it gives that part's.
+        weight_of: What an update counts in it, > 0.
+    """
+
+    def __init__(self, rule: Aggregation, weight_of: Callable[[ClientUpdate], float]) -> None:
+        self.rule = rule
+        self._weight_of = weight_of
+        self._weight = 0.0
+        self._sum: dict[str, Tensor] = {}
+        self._types: dict[str, torch.dtype] = {}
+
+    def add(self, updates: Sequence[ClientUpdate]) -> None:
+        """Add a part: at least one update, in canonical client order."""
+        weight = float(sum(map(self._weight_of, updates)))
+        for name, mean in self.rule(updates).items():
+            if name not in self._sum:
+                self._sum[name] = torch.zeros_like(mean, dtype=torch.float64)
+                self._types[name] = mean.dtype
+            self._sum[name].add_(mean, alpha=weight)
+        self._weight += weight
+
+    def change(self) -> Params:
+        """Return the mean of all that was added, which must be something."""
+        return {name: (t / self._weight).to(self._types[name]) for name, t in self._sum.items()}
+
+
+def running_mean(rule: Aggregation) -> RunningMean | None:
+    """Return what takes updates in parts, if a rule makes one by a ``running`` of its own.
+
+    None for all other rules: they are given all updates of a round at once.
+    """
+    make = getattr(rule, "running", None)
+    running = make() if callable(make) else None
+    return running if isinstance(running, RunningMean) else None
+
+
 class BrokenRuleError(FlAppError):
     """An aggregation rule raised, or returned something that is no change of the model."""
 
@@ -67,17 +109,26 @@ def combine(rule: Aggregation, updates: Sequence[ClientUpdate], model: Params) -
         BrokenRuleError: It raised something else, or the change has other names or shapes than
             the model, or NaN or infinite values: one such step would end the model for good.
     """
-    name = f"strategy.aggregation={rule!r:.80}"
     try:
         change = rule(updates)
     except FlAppError:
         raise
     except Exception as error:
         raise BrokenRuleError(
-            f"{name} raised {type(error).__name__} ({' '.join(str(error).split())[:200]}) on "
-            f"{len(updates)} updates: mend the rule, or choose another; HYDRA_FULL_ERROR=1 shows "
-            "where it was raised."
+            f"strategy.aggregation={rule!r:.80} raised {type(error).__name__} "
+            f"({' '.join(str(error).split())[:200]}) on {len(updates)} updates: mend the rule, or "
+            "choose another; HYDRA_FULL_ERROR=1 shows where it was raised."
         ) from error
+    return fitting(rule, change, model)
+
+
+def fitting(rule: Aggregation, change: Params, model: Params) -> Params:
+    """Return the change that a rule has made, in the model's order and types.
+
+    Raises:
+        BrokenRuleError: It is none; see `combine`.
+    """
+    name = f"strategy.aggregation={rule!r:.80}"
     way_out = "it must return a finite change for every name of a delta, in its shape: mend it."
     tensors = isinstance(change, Mapping) and all(isinstance(t, Tensor) for t in change.values())
     if not tensors:
@@ -119,9 +170,18 @@ class WeightedMean:
         """Whether all updates count alike."""
         return self.weighting == Weighting.UNIFORM
 
+    def running(self) -> RunningMean | None:
+        """Return what takes updates in parts; None for a subclass that makes something else."""
+        if type(self).__call__ is not WeightedMean.__call__:
+            return None
+        return RunningMean(self, self._weight_of)
+
+    def _weight_of(self, update: ClientUpdate) -> int:
+        return update.num_examples if self.weighting == Weighting.EXAMPLES else 1
+
     def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
         """Return the weighted mean of the deltas."""
-        weights = [u.num_examples if self.weighting == Weighting.EXAMPLES else 1 for u in updates]
+        weights = [self._weight_of(update) for update in updates]
         total = sum(weights)
         stacked = _stacked_sum(updates, [weight / total for weight in weights])
         if stacked is not None:

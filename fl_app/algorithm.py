@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fl_app.aggregation import Aggregation, combine
+from fl_app.aggregation import Aggregation, RunningMean, combine, fitting, running_mean
 from fl_app.codec import instruction
 from fl_app.objective import LocalObjective
 from fl_app.server_optimizer import OptimizerFactory, apply_change
@@ -137,6 +137,31 @@ class Algorithm(Protocol):
         ...
 
 
+@runtime_checkable
+class Streams(Protocol):
+    """An algorithm that may take the updates of a round in parts."""
+
+    def running(self) -> RunningMean | None:
+        """Return what takes them; None if this one wants all of them at once."""
+        ...
+
+    def step_along(
+        self, state: ServerState, mean: RunningMean, *, trainable: frozenset[str]
+    ) -> Step:
+        """Return the step that their mean calls for; otherwise as `Algorithm.step`."""
+        ...
+
+
+def make_running(algorithm: Algorithm) -> RunningMean | None:
+    """Return what takes a round's updates in parts; None if all are wanted at once.
+
+    So they are where nothing may show who took part in a round.
+    """
+    if hides_clients(algorithm) or not isinstance(algorithm, Streams):
+        return None
+    return algorithm.running()
+
+
 def hides_clients(algorithm: Algorithm) -> bool:
     """Return whether nothing of a round may show who took part in it, or whether anybody did.
 
@@ -183,9 +208,22 @@ class Composition:
         trainable: frozenset[str],
     ) -> Step:
         """Combine the updates, and step the global model along what comes of it."""
+        return self._along(state, combine(self.aggregation, updates, state.params), trainable)
+
+    def running(self) -> RunningMean | None:
+        """Return what takes updates in parts, if the aggregation rule is a mean."""
+        return running_mean(self.aggregation)
+
+    def step_along(
+        self, state: ServerState, mean: RunningMean, *, trainable: frozenset[str]
+    ) -> Step:
+        """Step the global model along the mean of updates that came in parts."""
+        return self._along(state, fitting(mean.rule, mean.change(), state.params), trainable)
+
+    def _along(self, state: ServerState, change: Params, trainable: frozenset[str]) -> Step:
         params, memory = apply_change(
             state.params,
-            combine(self.aggregation, updates, state.params),
+            change,
             trainable=trainable,
             make_optimizer=self.server_optimizer,
             state=state.memory,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
 
+from fl_app.aggregation import RunningMean
 from fl_app.arrays import MalformedReplyError
 from fl_app.directory import Cohort
 from fl_app.failures import failure_of
@@ -92,14 +93,44 @@ class Answers:
                     client=client, kind=late, reason="no reply in time"
                 )
 
-    def take_cohort(self, cohort: Cohort) -> None:
-        """Have no more clients of a cohort train than are needed, in the order of preference."""
+    def take_cohort(self, cohort: Cohort, mean: RunningMean | None = None) -> bool:
+        """Have no more clients of a cohort train than are needed, in the order of preference.
+
+        Args:
+            cohort: The clients.
+            mean: What takes updates in parts, if there is something. It is used if more clients
+                are asked than are trained at once: then the good updates of each part go into it,
+                and are kept without their deltas.
+
+        Returns:
+            Whether it was used.
+        """
         waiting = len(self.asked)
+        in_parts = mean is not None and cohort.side_by_side and waiting > cohort.at_once
+        most = cohort.at_once if in_parts else waiting
         while waiting and len(self._updates) < self.wanted:
-            count = min(waiting, self.wanted - len(self._updates))
+            count = min(waiting, self.wanted - len(self._updates), most)
             waiting -= count
-            for client, answer in cohort.train(count):
-                self._take(client, _as_sent(answer) if isinstance(answer, ClientUpdate) else answer)
+            clients = self._take_part(cohort, count)
+            if mean is not None and in_parts:
+                self._add(mean, clients)
+                cohort.forget()
+        return in_parts
+
+    def _take_part(self, cohort: Cohort, count: int) -> list[ClientId]:
+        """Take the answers of the next clients of a cohort; hold no other reference to them."""
+        clients = []
+        for client, answer in cohort.train(count):
+            self._take(client, _as_sent(answer) if isinstance(answer, ClientUpdate) else answer)
+            clients.append(client)
+        return clients
+
+    def _add(self, mean: RunningMean, clients: Iterable[ClientId]) -> None:
+        good = [client for client in sorted(clients, key=client_order) if client in self._updates]
+        if good:
+            mean.add([self._updates[client] for client in good])
+        for client in good:
+            self._updates[client] = replace(self._updates[client], delta={})
 
     def _read(self, reply: Message, client: ClientId, read: Replies) -> ClientUpdate | Failure:
         failure = failure_of(reply)

@@ -43,10 +43,19 @@ class Work(Protocol):
         """Whether it does so all at once."""
         ...
 
+    @property
+    def at_once(self) -> int:
+        """How many it trains at once."""
+        ...
+
     def __call__(
         self, clients: Sequence[ClientId], instruction: TrainInstruction
     ) -> Sequence[Trained | Failure]:
         """Return what came of each client's training, in their order."""
+        ...
+
+    def forget(self) -> None:
+        """Use for other deltas what those it has given lie in."""
         ...
 
 
@@ -63,6 +72,14 @@ class CohortWork:
     def __init__(self, runtime: ClientRuntime, trainer: CohortTrainer) -> None:
         self._runtime = runtime
         self._trainer = trainer
+
+    @property
+    def at_once(self) -> int:
+        """How many are trained side by side."""
+        return self._trainer.at_once
+
+    def forget(self) -> None:
+        """Do nothing: each delta lies in memory of its own."""
 
     def __call__(
         self, clients: Sequence[ClientId], instruction: TrainInstruction
@@ -167,9 +184,13 @@ class AloneWork:
     """
 
     side_by_side = False
+    at_once = 1
 
     def __init__(self, runtime: ClientRuntime) -> None:
         self._runtime = runtime
+
+    def forget(self) -> None:
+        """Do nothing: each delta lies in memory of its own."""
 
     def __call__(
         self, clients: Sequence[ClientId], instruction: TrainInstruction
@@ -195,6 +216,8 @@ class ClientCohort:
 
     Attributes:
         side_by_side: Whether they are trained all at once.
+        at_once: How many are.
+        forget: To be called when the deltas of the answers so far are needed no more.
     """
 
     def __init__(
@@ -204,7 +227,8 @@ class ClientCohort:
         clients: Sequence[ClientId],
         instruction: TrainInstruction,
     ) -> None:
-        self.side_by_side = work.side_by_side
+        self.side_by_side, self.at_once = work.side_by_side, work.at_once
+        self.forget = work.forget
         self._runtime = runtime
         self._work = work
         self._instruction = instruction

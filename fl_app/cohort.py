@@ -146,6 +146,11 @@ class CohortTrainer:
         )
 
     @property
+    def at_once(self) -> int:
+        """How many clients are trained side by side, at most."""
+        return max(1, self.chunk_bytes // self.client_bytes)
+
+    @property
     def _descends(self) -> bool:
         """Whether weights may be stepped as soon as their gradients are known."""
         return self.once and isinstance(self.objective, OwnLoss)
@@ -155,7 +160,7 @@ class CohortTrainer:
 
         Together are those whose optimizers have come equally far, as bias corrections need.
         """
-        size = max(1, self.chunk_bytes // self.client_bytes)
+        size = self.at_once
         groups: dict[Any, list[int]] = {}
         for position, assignment in enumerate(assignments):
             age = StackedOptimizer.age(assignment.optimizer_state)

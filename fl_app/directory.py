@@ -60,8 +60,17 @@ class Cohort(Protocol):
         """Whether they are trained all at once."""
         ...
 
+    @property
+    def at_once(self) -> int:
+        """How many of them are trained at once: to wait for fewer costs time."""
+        ...
+
     def train(self, count: int) -> Sequence[tuple[ClientId, ClientUpdate | Failure]]:
         """Return the answers of the next ``count`` of them: an update, or why there is none."""
+        ...
+
+    def forget(self) -> None:
+        """Use for other deltas what those of the answers so far lie in: these are worth nothing."""
         ...
 
 

@@ -16,7 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_app.algorithm import Algorithm, ServerState, Step, hides_clients
+from fl_app.aggregation import RunningMean
+from fl_app.algorithm import Algorithm, ServerState, Step, Streams, hides_clients, make_running
 from fl_app.answers import Answers
 from fl_app.codec import decode_instruction, encode_model, train_messages
 from fl_app.cohort_figures import accuracies, mean_metrics
@@ -139,9 +140,10 @@ class FederatedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Do as `aggregate_train` does, with answers that come without messages."""
         answers = self._answers(server_round)
-        answers.take_cohort(cohort)
+        mean = make_running(self.algorithm)
+        in_parts = answers.take_cohort(cohort, mean)
         self.trained_together = cohort.side_by_side
-        return self._conclude(server_round, answers)
+        return self._conclude(server_round, answers, mean if in_parts else None)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -257,12 +259,12 @@ class FederatedStrategy(Strategy):
         )
 
     def _conclude(
-        self, server_round: int, answers: Answers
+        self, server_round: int, answers: Answers, mean: RunningMean | None = None
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Take the step that a round's answers call for, and report the round."""
+        """Take the step that a round's answers, or their mean, call for; report the round."""
         updates, failures = answers.updates(), answers.failures()
         self._account(updates, failures)
-        step = self._step(updates, server_round)
+        step = self._step(updates, mean, server_round)
         metrics = {} if self._hides else mean_metrics(updates)
         budgets = self.state.budgets.values()
         worst = max(budgets, key=lambda budget: budget.epsilon_spent, default=None)
@@ -291,13 +293,19 @@ class FederatedStrategy(Strategy):
             MetricRecord(dict(metrics)) if metrics else None,
         )
 
-    def _step(self, updates: Sequence[ClientUpdate], round: int) -> Step | None:
+    def _step(
+        self, updates: Sequence[ClientUpdate], mean: RunningMean | None, round: int
+    ) -> Step | None:
         """Return the server's step, or None if there are too few updates for one."""
         if len(updates) < self._selector.min_replies and not self._hides:
             why = f"{len(updates)} of at least {self._selector.min_replies} updates came back"
         else:
             try:
                 with self._randomness(round):
+                    if mean is not None and isinstance(self.algorithm, Streams):
+                        return self.algorithm.step_along(
+                            self.state, mean, trainable=self._trainable
+                        )
                     return self.algorithm.step(
                         self.state, updates, round=round, trainable=self._trainable
                     )

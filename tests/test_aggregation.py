@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,9 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_app.aggregation import WeightedMean, Weighting
-from fl_app.types import ClientUpdate, ConfigError, client_order
+from fl_app.aggregation import WeightedMean, Weighting, running_mean
+from fl_app.robust_aggregation import ClippedNorm, Median
+from fl_app.types import ClientUpdate, ConfigError, Params, client_order
 
 FLOATS = st.floats(-1e3, 1e3, width=32)
 COHORTS = st.lists(
@@ -50,6 +54,55 @@ def test_the_mean_is_that_of_numpy_in_float64(drawn, weighting) -> None:
     got = [*mean["w"].flatten().tolist(), mean["b"].item()]
     # Float32 rounding of each addition is relative to the largest term, not to the sum.
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * (1 + np.abs(values).max()))
+
+
+def in_parts(updates: list[ClientUpdate], rule: WeightedMean, cuts: list[int]) -> Params:
+    running = running_mean(rule)
+    assert running is not None
+    borders = sorted({0, len(updates), *(cut % (len(updates) + 1) for cut in cuts)})
+    for first, last in itertools.pairwise(borders):
+        running.add(updates[first:last])
+    return running.change()
+
+
+@given(COHORTS, st.sampled_from(list(Weighting)), st.lists(st.integers(0, 7), max_size=4))
+def test_a_mean_that_comes_in_parts_is_the_mean_of_all(drawn, weighting, cuts) -> None:
+    rule = WeightedMean(weighting=weighting)
+    mean = in_parts(cohort(drawn), rule, cuts)
+    weights = [n if weighting == Weighting.EXAMPLES else 1 for n, _ in drawn]
+    values = np.array([v for _, v in drawn], dtype=np.float64)
+    expected = np.average(values, axis=0, weights=weights)
+    got = [*mean["w"].flatten().tolist(), mean["b"].item()]
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * (1 + np.abs(values).max()))
+    assert all(tensor.dtype == torch.float32 for tensor in mean.values())
+
+
+@given(COHORTS, st.sampled_from(list(Weighting)))
+def test_a_mean_that_comes_in_one_part_is_that_to_the_bit(drawn, weighting) -> None:
+    rule = WeightedMean(weighting=weighting)
+    one, whole = in_parts(cohort(drawn), rule, []), rule(cohort(drawn))
+    assert all(torch.equal(one[name], whole[name]) for name in whole)
+
+
+def test_the_sum_of_parts_does_not_overflow_a_short_type() -> None:
+    delta = {"w": torch.full((3,), 60_000.0, dtype=torch.float16)}
+    updates = [
+        ClientUpdate(client=str(k), round=1, delta=delta, num_examples=10**7) for k in range(4)
+    ]
+    mean = in_parts(updates, WeightedMean(), [1, 2, 3])
+    assert mean["w"].dtype == torch.float16
+    assert mean["w"].tolist() == delta["w"].tolist()
+
+
+def test_only_what_is_known_to_be_the_mean_takes_updates_in_parts() -> None:
+    class Largest(WeightedMean):
+        def __call__(self, updates: Sequence[ClientUpdate]) -> Params:
+            return max(updates, key=lambda update: update.num_examples).delta
+
+    assert running_mean(WeightedMean()) is not None
+    assert running_mean(Largest()) is None
+    assert running_mean(Median()) is None
+    assert running_mean(ClippedNorm(rule=WeightedMean(), max_norm=1.0)) is None
 
 
 @given(COHORTS, st.randoms(use_true_random=False))

@@ -65,7 +65,8 @@ class Lanes:
         work: Trains clients, in any of the processes.
         model: Names, shapes and types of a model.
         processes: How many, this one included; >= 2.
-        most_clients: Clients of a round, at most; of more, those beyond are trained here.
+        most_clients: Clients whose deltas are held at a time, at most; of more, those beyond are
+            trained here.
         threads: Torch's intra-op threads of each of the others.
 
     Attributes:
@@ -76,6 +77,7 @@ class Lanes:
         self, work: Work, model: Params, *, processes: int, most_clients: int, threads: int = 1
     ) -> None:
         self.side_by_side = work.side_by_side
+        self.at_once = processes * work.at_once
         self._work = work
         self._broken = False
         rows = -(-most_clients // processes)
@@ -104,6 +106,11 @@ class Lanes:
             outcomes |= zip(part, lane.answer(), strict=True)
         self._broken = False
         return [outcomes[client] for client in clients]
+
+    def forget(self) -> None:
+        """Use for other deltas the memory of those that were given."""
+        for lane in self._lanes:
+            lane.forget()
 
     def close(self) -> None:
         """End the processes."""
@@ -153,6 +160,10 @@ class _Lane:
         else:
             self._pipe.send_bytes(message)
             self._asked.release()
+
+    def forget(self) -> None:
+        """Use all rows again."""
+        self._used = 0
 
     def answer(self) -> Sequence[Trained | Failure]:
         """Return what came of it.

@@ -20,6 +20,7 @@ import torch
 from flwr.app import Context, Message, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
+from fl_app.algorithm import make_running
 from fl_app.client_app import app as client_app
 from fl_app.client_cohort import AloneWork, ClientCohort, CohortWork, Work, measure_clients
 from fl_app.client_messages import admit as admit_cohort
@@ -189,6 +190,8 @@ class LocalEngine:
         if processes > 1:
             wanted = components.selector.wanted(len(clients))
             asked = math.ceil(wanted * (1 + getattr(components.selector, "over_selection", 0.0)))
+            if work.side_by_side and _streams(components):
+                asked = min(asked, processes * work.at_once)
             lanes = Lanes(
                 work,
                 read_params(components.task.build_model()),
@@ -220,6 +223,11 @@ class LocalEngine:
             return None
         chunk_bytes = None if self.chunk_mib is None else self.chunk_mib << 20
         return cohort_trainer(components, device=device, chunk_bytes=chunk_bytes)
+
+
+def _streams(components: Components) -> bool:
+    """Return whether the deltas of a part of a round are needed no more once the next is asked."""
+    return components.release is None and make_running(components.algorithm) is not None
 
 
 def simulated_clients(

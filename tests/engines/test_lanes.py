@@ -39,6 +39,10 @@ class Adding:
     """Each client adds its own number to the received model; "3" fails; "raise" is our fault."""
 
     side_by_side = True
+    at_once = 2
+
+    def forget(self) -> None:
+        pass
 
     def __call__(
         self, clients: Sequence[ClientId], instruction: TrainInstruction
@@ -108,6 +112,23 @@ def test_what_a_round_has_left_stays_until_the_next_and_more_than_fits_is_traine
             assert torch.equal(outcome.model.delta["w"], torch.full((2, 3), float(client)))
         here = [o.model.metrics["pid"] == os.getpid() for o in (*first, *more)]
         assert sum(not mine for mine in here) == 3  # of six, half of them
+    finally:
+        lanes.close()
+
+
+def test_what_is_forgotten_leaves_its_memory_to_the_rest_of_the_round() -> None:
+    lanes = Lanes(Adding(), MODEL, processes=2, most_clients=4)
+    try:
+        assert lanes.at_once == 4
+        for clients in (CLIENTS[4:8], CLIENTS[7:11]):
+            outcomes = lanes(clients, TrainInstruction(round=1, params=params(0.0)))
+            here = []
+            for client, outcome in zip(clients, outcomes, strict=True):
+                assert isinstance(outcome, Trained)
+                assert torch.equal(outcome.model.delta["w"], torch.full((2, 3), float(client)))
+                here.append(outcome.model.metrics["pid"] == os.getpid())
+            assert sum(here) == 2
+            lanes.forget()
     finally:
         lanes.close()
 
