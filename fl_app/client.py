@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,6 +29,7 @@ from fl_app.tasks.base import Task
 from fl_app.training import (
     LocalTraining,
     Randomness,
+    Trained,
     TrainedModel,
     evaluate,
     evaluate_each,
@@ -60,21 +60,6 @@ _OPTIMIZER = "optimizer"
 
 class SimulatedFailureError(FlAppError):
     """A client failed because ``client.failure_fraction`` says that some do."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
-    """What came of one client's training.
-
-    Attributes:
-        count: Its training records.
-        model: What training made of the received model.
-        evaluation: The received model on its own held-out part, if it has one and may tell.
-    """
-
-    count: int
-    model: TrainedModel
-    evaluation: Evaluation | None
 
 
 class ClientRuntime:

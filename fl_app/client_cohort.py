@@ -13,13 +13,13 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
-from fl_app.client import ClientRuntime, Trained
+from fl_app.client import ClientRuntime
 from fl_app.cohort import CohortTrainer, is_out_of_memory
 from fl_app.failures import failure_from
 from fl_app.metric_records import as_sent
 from fl_app.privacy.base import Admission
 from fl_app.stacked.layer import NotStackableError
-from fl_app.training import EVALUATION_BATCH, TrainedModel
+from fl_app.training import EVALUATION_BATCH, Trained, TrainedModel
 from fl_app.types import (
     ClientExamples,
     ClientId,

@@ -125,6 +125,21 @@ class TrainedModel:
     optimizer_state: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What came of one client's training.
+
+    Attributes:
+        count: Its training records.
+        model: What training made of the received model.
+        evaluation: The received model on its own held-out part, if it has one and may tell.
+    """
+
+    count: int
+    model: TrainedModel
+    evaluation: Evaluation | None
+
+
 def train_locally(
     model: nn.Module,
     task: Task,
