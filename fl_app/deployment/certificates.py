@@ -18,7 +18,8 @@ What operators must know:
 
 * **Make** as often as you like: only what is missing is made, nothing is ever replaced.
 * **A site elsewhere** runs ``fl-app certs node NAME --out DIR`` itself; only ``node.pub`` leaves
-  it, and ``public/ca.crt`` goes to it. Register: ``flwr supernode register node.pub``.
+  it, and ``public/ca.crt`` goes to it. Register: ``flwr supernode register node.pub``. For a
+  new key it names a new DIR.
 * **Expiry**: server certificates last ``--days``, the authority ten years; keys of SuperNodes do
   not expire. ``fl-app certs check`` warns 14 days ahead.
 * **Rotate** with ``fl-app certs rotate DIR tls`` once a year: the authority stays, so no site

@@ -64,27 +64,24 @@ _HOP_BY_HOP = frozenset(
 )
 
 
-class Refusals:
-    """Logs what was refused, yet never more than so many lines a minute."""
+class SparingLog:
+    """Writes warnings, yet never more than so many lines a minute: callers cause them."""
 
     def __init__(self, *, lines_a_minute: int = 30) -> None:
         self._most = lines_a_minute
         self._began = 0.0
         self._count = 0
 
-    def log(self, request: Request, status: int) -> None:
-        """Note a refusal."""
+    def warn(self, text: str, *values: object) -> None:
+        """Write a line, or count it."""
         now = time.monotonic()
         if now - self._began > 60:
             if self._count > self._most:
-                LOG.warning("%d more refusals in the minute before", self._count - self._most)
+                LOG.warning("%d more such lines in the minute before", self._count - self._most)
             self._began, self._count = now, 0
         self._count += 1
         if self._count <= self._most:
-            client = request.client.host if request.client else "?"
-            # As a literal: what a caller writes must not look like lines of ours.
-            path = ascii(request.scope["raw_path"][:120].decode("latin-1"))
-            LOG.warning("refused %s %s of %s: %d", request.method, path, client, status)
+            LOG.warning(text, *values)
 
 
 class _RefusedError(Exception):
@@ -125,14 +122,18 @@ class Gateway:
     max_reply_bytes: int
     replies: Replies = field(default_factory=Replies)
     nodes: Nodes = field(default_factory=Nodes)
-    refusals: Refusals = field(default_factory=Refusals)
+    log: SparingLog = field(default_factory=SparingLog)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         request = Request(scope, receive)
         response = await self._answer(request)
         if response.status_code in (400, 403, 411, 413):
-            self.refusals.log(request, response.status_code)
+            client = request.client.host if request.client else "?"
+            # As a literal: what a caller writes must not look like lines of ours.
+            path = ascii(request.scope["raw_path"][:120].decode("latin-1"))
+            told = (request.method, path, client, response.status_code)
+            self.log.warn("refused %s %s of %s: %d", *told)
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
@@ -156,12 +157,13 @@ class Gateway:
             return _says(400, str(error))
         except ClientDisconnect:
             return _says(400, "the caller went away")  # nobody hears it
-        except httpx.ConnectError:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            self.log.warn("the SuperLink cannot be reached: %s", error or type(error).__name__)
             return _says(503, "the SuperLink cannot be reached; try again")
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             return _says(504, "the SuperLink does not answer; try again")
         except httpx.TransportError as error:
-            LOG.warning("the SuperLink broke off: %s", type(error).__name__)
+            self.log.warn("the SuperLink broke off: %s", error or type(error).__name__)
             return _says(502, "the SuperLink broke off; try again")
 
     async def _health(self) -> Response:
@@ -184,7 +186,8 @@ class Gateway:
         if "transfer-encoding" in request.headers or not text.isdecimal():
             raise _RefusedError(411, "a Content-Length is needed")
         num_bytes = int(text)
-        if num_bytes > BODY_BYTES[path]:
+        # Too large an object is read all the same, to learn which reply it breaks.
+        if num_bytes > BODY_BYTES[path] and path != PUSH_OBJECT:
             raise _RefusedError(413, f"a body of {num_bytes:,} bytes is too large")
         if num_bytes > ANYBODYS_BYTES:
             key = request.headers.get(PUBLIC_KEY)
@@ -214,12 +217,13 @@ class Gateway:
         if not self.nodes.may_push(key):
             raise _RefusedError(503, "too many pushes of this SuperNode at once; try again")
         pushed, admitted = PushedObject(), list[Reply]()
+        fits = num_bytes <= BODY_BYTES[PUSH_OBJECT]
 
         async def body() -> AsyncIterator[bytes]:
             held = b""
             async for chunk in _chunks(request):
                 pushed.feed(chunk)
-                if held:
+                if held and fits:
                     yield held
                 held = chunk
             admitted.append(self._admit(pushed.envelope(), num_bytes))
@@ -236,9 +240,13 @@ class Gateway:
             except _TooLargeError as error:
                 if error.first:
                     await self._take_back(request, error.envelope, error.reply)
-                limit = f"{self.max_reply_bytes / MIB:,.6g} MiB"
-                return _says(413, f"the reply is larger than {limit}, which is all that is taken")
+                return _says(413, self._limits)
         return _passed_on(response, content)
+
+    @property
+    def _limits(self) -> str:
+        whole, each = self.max_reply_bytes / MIB, BODY_BYTES[PUSH_OBJECT] / MIB
+        return f"a reply may have {whole:,.6g} MiB, and each object of it {each:g}"
 
     def _admit(self, envelope: PushObjectRequest, num_bytes: int) -> Reply:
         """Add an object to its reply.
@@ -247,7 +255,8 @@ class Gateway:
             _TooLargeError: The reply would be beyond the limit.
         """
         reply = self.replies.of(envelope.session_id)
-        if reply.refused or reply.num_bytes + num_bytes > self.max_reply_bytes:
+        most = min(self.max_reply_bytes - reply.num_bytes, BODY_BYTES[PUSH_OBJECT])
+        if reply.refused or num_bytes > most:
             first, reply.refused = not reply.refused, True
             raise _TooLargeError(envelope, reply, first=first)
         reply.num_bytes += num_bytes
@@ -255,10 +264,8 @@ class Gateway:
 
     async def _take_back(self, request: Request, envelope: PushObjectRequest, reply: Reply) -> None:
         """Have the SuperLink drop a reply, so that nobody waits for the rest of it."""
-        LOG.warning(
-            "the reply of node %d in run %d is larger than %s bytes: taken back",
-            *(envelope.node.node_id, envelope.run_id, f"{self.max_reply_bytes:,}"),
-        )
+        told = (envelope.node.node_id, envelope.run_id, self._limits)
+        self.log.warn("the reply of node %d in run %d is taken back: %s", *told)
         if not reply.root:
             return
         body = ConfirmMessageReceivedRequest(
@@ -268,10 +275,10 @@ class Gateway:
             response = await self._ask(request, CONFIRM, body, len(body))
             await response.aread()
         except httpx.TransportError as error:
-            LOG.warning("it could not be taken back: %s", type(error).__name__)
+            self.log.warn("it could not be taken back: %s", error or type(error).__name__)
             return
         if response.status_code != 200:
-            LOG.warning("it could not be taken back: %d", response.status_code)
+            self.log.warn("it could not be taken back: %d", response.status_code)
 
     async def _relay(self, request: Request, path: bytes, body: bytes) -> Response:
         """Forward a call, and stream back what the SuperLink answers."""
@@ -303,7 +310,7 @@ def _passed_on(response: httpx.Response, content: bytes | None = None) -> Respon
         passed = Response(content, response.status_code)
         headers.append((b"content-length", b"%d" % len(content)))
     else:
-        passed = StreamingResponse(_streamed(response), response.status_code)
+        passed = _Streamed(response)
         length = response.headers.get("content-length")
         if length is not None:
             headers.append((b"content-length", length.encode()))
@@ -311,12 +318,18 @@ def _passed_on(response: httpx.Response, content: bytes | None = None) -> Respon
     return passed
 
 
-async def _streamed(response: httpx.Response) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in response.aiter_raw():
-            yield chunk
-    finally:
-        await response.aclose()
+class _Streamed(StreamingResponse):
+    """An answer that is handed on as it comes; its connection is given back in any case."""
+
+    def __init__(self, upstream: httpx.Response) -> None:
+        super().__init__(upstream.aiter_raw(), upstream.status_code)
+        self._upstream = upstream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._upstream.aclose()
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:

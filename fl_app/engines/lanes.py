@@ -24,10 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fl_app.client import Trained
 from fl_app.client_cohort import Work
 from fl_app.params import StackedParams, StackedRow
-from fl_app.training import TrainedModel
+from fl_app.training import Trained, TrainedModel
 from fl_app.types import ClientId, Evaluation, Failure, FlAppError, Params, TrainInstruction
 
 _FITS = 1 << 14

@@ -13,10 +13,9 @@ import torch
 from helpers import alike, play, rounds_of, summary_of
 
 from fl_app import vectorizing
-from fl_app.client import Trained
 from fl_app.engines.lanes import LaneError, Lanes
 from fl_app.params import StackedParams
-from fl_app.training import TrainedModel
+from fl_app.training import Trained, TrainedModel
 from fl_app.types import (
     ClientId,
     Evaluation,
