@@ -44,7 +44,9 @@ _STREAM_BEGINS = "Starting logstream for run_id"
 # What Flower says of its own doings; the rest of a run's log is worth a person's time.
 _CHATTER = re.compile(
     r"(\x1b\[\d+m)?(INFO|DEBUG)\b|.*default simulated SuperNodes changed|Using SuperLink|"
-    r"Successfully (started|installed)|.*Manually terminating ClientAppActor|\s*$"
+    r"Successfully (started|installed)|"
+    # A library of the ServerApp's that logs through absl has set up a handler for all.
+    r"\d\d/\d\d/\d{4} [\d:]+:(DEBUG|INFO):|.*Manually terminating ClientAppActor|\s*$"
 )
 
 _APP = {
