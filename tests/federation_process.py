@@ -34,6 +34,7 @@ from link import Link
 from fl_app.deployment.certificates import make
 
 START_S = 90.0
+NOBODY = 65534
 
 _SETTINGS = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -206,6 +207,7 @@ class Federation:
         gateway: All that sites can reach.
         gateway_port: Where they do.
         unit: Whose privacy the sites' owners insist on: ``none`` or ``record``.
+        confined: Whether what the server sends runs without the rights of root.
         sites: By number.
     """
 
@@ -216,6 +218,7 @@ class Federation:
     gateway: Party
     gateway_port: int
     unit: str
+    confined: bool = False
     sites: dict[int, Site] = field(default_factory=dict)
 
     @property
@@ -293,8 +296,14 @@ class Federation:
         """
         pki, folder = self.pki / f"site-{number}", self.folder / f"site-{number}"
         (folder / "state").mkdir(parents=True, exist_ok=True)
+        app, door = self.folder / f"app-{number}", self.folder / f"door-{number}"
+        door.mkdir(exist_ok=True)
         runtime, link = free_port(), Link(self.gateway_port)
-        policy, path = folder / "policy.yaml", folder / "site.sock"
+        policy, path = folder / "policy.yaml", door / "site.sock"
+        bundles = _superexec(runtime, self.pki / f"site-{number}-app")
+        if self.confined:
+            bundles = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *bundles]
+            _give_away(folder)
         policy.write_text(_POLICY[self.unit])
         policy.chmod(0o600)
         worker = Party(
@@ -325,12 +334,12 @@ class Federation:
         )
         clientapp = Party(
             name="clientapp",
-            folder=folder / "app",
+            folder=app,
             variables={
                 **_environment(self.folder, f"clientapp-{number}"),
                 "FL_APP_SITE_SOCKET": str(path),
             },
-            command=_superexec(runtime, self.pki / f"site-{number}-app"),
+            command=bundles,
         )
         site = Site(
             number=number,
@@ -370,7 +379,12 @@ _POLICY = {
 
 @contextmanager
 def federation(
-    folder: Path, *, sites: int = 3, more_keys: int = 0, unit: str = "none"
+    folder: Path,
+    *,
+    sites: int = 3,
+    more_keys: int = 0,
+    unit: str = "none",
+    confined: bool = False,
 ) -> Generator[Federation, None, None]:
     """Start a federation and end all of it afterwards.
 
@@ -379,10 +393,16 @@ def federation(
         sites: Sites that are registered and started.
         more_keys: Further sites that have keys, and are registered, but not started.
         unit: Whose privacy the sites' owners insist on: ``none`` or ``record``.
+        confined: Whether what the server sends runs without the rights of root; takes root.
     """
     home = Path(tempfile.mkdtemp(prefix="fed-", dir="/tmp"))
     parties = _parties(home, unit)
+    parties.confined = confined
     make(parties.pki, sites + more_keys)
+    if confined:
+        for party in parties.pki.iterdir():
+            if not party.name.endswith("-app") and party.name != "public":
+                _give_away(party)
     try:
         parties.superlink.start()
         parties.healthy()
@@ -406,11 +426,17 @@ def federation(
         for party in (parties.serverapp, parties.gateway, parties.superlink):
             party.kill()
         end(home)
-        for party in [*home.glob("*/*.log"), *home.glob("*/app/*.log")]:
+        for party in home.glob("*/*.log"):
             kept = folder / "federation" / party.relative_to(home)
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(party, kept)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _give_away(folder: Path) -> None:
+    """Make a folder another user's: whoever is root without its rights cannot enter it."""
+    os.chown(folder, NOBODY, NOBODY)
+    folder.chmod(0o700)
 
 
 def _parties(home: Path, unit: str) -> Federation:
