@@ -32,7 +32,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-all check lint format types bench bench-startup bench-privacy lock wheels docker-build docker-run clean
+.PHONY: help run test test-slow test-all check lint format types bench bench-startup bench-privacy lock wheels certs docker-build docker-run clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -89,11 +89,19 @@ wheels: $(INSTALLED) ## Collect all wheels in wheels/, to build the image where 
 docker-build: ## Build the container image; uses wheels/ if it is there
 	docker build -t $(IMAGE) -f docker/Dockerfile $(BUILD_ARGS) .
 
+# The service that plays the run: run, run-gpu or run-insecure.
+RUN ?= run
+# The project is named as fl-app run engine=deployment names it, so that keys and ledgers are the same.
+PROJECT = $(COMPOSE) -p "$${COMPOSE_PROJECT_NAME:-fl-app}" $(if $(RUN:run=),--profile $(RUN:run-%=%))
+
 docker-run: export OVERRIDES = $(ARGS)
-docker-run: docker-build ## Run an experiment on three clients in containers; ARGS as for run
-	@mkdir -p outputs; set -eu; trap '$(COMPOSE) down --volumes' EXIT; \
+docker-run: docker-build ## Run an experiment on three sites in containers; ARGS as for run, RUN=run-gpu|run-insecure
+	@mkdir -p outputs; set -eu; trap '$(PROJECT) down' EXIT; \
 	export FL_APP_IMAGE="$(IMAGE)" FL_APP_UID="$$(id -u)" FL_APP_GID="$$(id -g)"; \
-	$(COMPOSE) run --rm -T run
+	$(PROJECT) run --rm -T $(RUN)
+
+certs: $(INSTALLED) ## Make what keys and certificates are missing in certs/, for a federation without containers
+	$(VENV)/bin/fl-app certs make certs $(ARGS)
 
 clean: ## Remove the environment and all caches; outputs/ and wheels/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info *.fab
