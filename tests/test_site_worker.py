@@ -158,6 +158,14 @@ def test_a_site_without_a_ledger_trains_without_privacy_alone(tmp_path: Path) ->
     assert "PolicyError" in declined(site.asked(*PRIVATE))
 
 
+def test_a_site_that_allows_any_unit_pays_for_what_it_hides(tmp_path: Path) -> None:
+    site = private(tmp_path / "site", unit="any")
+    assert not site.asked("privacy=none").has_error()
+    assert not site.ledger.exists()
+    assert not site.asked(*PRIVATE).has_error()
+    assert len(site.ledger.read_text().splitlines()) == 2
+
+
 def test_a_site_leaves_the_noise_to_the_server_only_if_its_owner_says_so(tmp_path: Path) -> None:
     asked = ("privacy=client", "strategy.aggregation.weighting=uniform")
     site = private(tmp_path / "site", unit="client")

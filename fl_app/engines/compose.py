@@ -28,6 +28,7 @@ from fl_app.config import to_json
 from fl_app.engines.flower_command import Ended, raise_for, summarised, with_last_lines
 from fl_app.engines.guarded import end, guarded
 from fl_app.federation import run_folder
+from fl_app.files import write_atomically
 from fl_app.run_config import local_path
 from fl_app.run_log import Heard
 from fl_app.types import ConfigError, FlAppError, InterruptedRunError
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 GATEWAY_SERVICE = "gateway"
 IMAGE = "fl-app:dev"
+SITES = 3
+"""Clients that ``docker-compose.yml`` has by itself."""
+
 OUTPUTS = "outputs"
 """Where the run's folder is mounted, below the working directory of the containers."""
 
@@ -105,7 +109,8 @@ class ComposeFederation:
 
     def _options(self) -> list[str]:
         profile = [] if self.profile is None else ["--profile", self.profile]
-        return ["-p", self.project, "-f", str(self._found()), *profile]
+        files = [self._found(), *_more_sites(self._found(), self.clients, self.project)]
+        return ["-p", self.project, *(o for f in files for o in ("-f", str(f))), *profile]
 
     def _found(self) -> Path:
         places = [Path.cwd() / self.file, Path(__file__).resolve().parents[2] / self.file]
@@ -171,6 +176,27 @@ class ComposeFederation:
         if code:
             raise ComposeError(with_last_lines(f"the run ended with exit code {code}", lines))
         return summarised(here, Ended(status="completed", heard=heard, lines=lines))
+
+
+def _more_sites(file: Path, clients: int, project: str) -> list[Path]:
+    """Return the file that gives a federation more clients than its own compose file, if need be.
+
+    It lies where it can still be found when the federation is taken down.
+    """
+    if clients <= SITES:
+        return []
+    maker = file.parent / "docker" / "sites.py"
+    if not maker.is_file():
+        raise ConfigError(
+            f"engine.clients={clients} is more than the {SITES} of {file}, and {maker}, which adds "
+            "some, is not there: take the compose file of a clone, or lower it."
+        )
+    made = _called([sys.executable, str(maker), str(clients)])
+    if made.returncode:
+        raise ConfigError(f"engine.clients={clients} cannot be: {made.stderr.strip()}")
+    path = Path(tempfile.gettempdir()) / f"fl-app-{os.getuid()}-{project}-{clients}.yml"
+    write_atomically(path, made.stdout.encode())
+    return [path]
 
 
 def _folders(config: Mapping[str, Any]) -> tuple[Path, Path]:

@@ -4,7 +4,7 @@
 # policy.yaml; chmod 600
 version: 1
 data_set: ward-7-ecg        # names the account in the ledger
-unit: record                # whose presence is hidden: record or client; none: nobody's
+unit: record                # whose presence is hidden: record, client, none (nobody's) or any of them
 epsilon: 3.0                # all rounds of all runs together may cost this much ...
 delta: 1e-5                 # ... at this delta, below one over the number of records
 ledger: ledger.jsonl        # beside this file, or an absolute path; unit: none takes no such three
@@ -117,6 +117,7 @@ class Policy:
     """What a policy file says; the example in this module's head explains the keys.
 
     Attributes:
+        unit: None for any, training without privacy included.
         ledger: Absolute path; with epsilon and delta None where ``unit`` is none.
         data: Absolute path of the records, or None for those that the task brings.
         records: Number of training records, a `fingerprint` of them, or None.
@@ -124,7 +125,7 @@ class Policy:
 
     version: int
     data_set: str
-    unit: PrivacyUnit
+    unit: PrivacyUnit | None
     epsilon: float | None = None
     delta: float | None = None
     ledger: Path | None = None
@@ -154,7 +155,7 @@ class Policy:
                     f"nobody: leave it out, or choose unit: record or client."
                 )
             if hides and not given:
-                raise ConfigError(f"{key} is missing: unit={self.unit} is counted by it.")
+                raise ConfigError(f"{key} is missing: unit={self.unit or 'any'} is counted by it.")
         if not 0 <= self.clock_tolerance_s < math.inf:
             raise ConfigError(f"clock_tolerance_s={self.clock_tolerance_s} must be >= 0 seconds.")
         if isinstance(self.records, str) and not _FINGERPRINT.fullmatch(self.records):

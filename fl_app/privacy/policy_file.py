@@ -56,6 +56,9 @@ def read_policy(path: Path, *, data_set: str | None = None, task: str | None = N
     return policy
 
 
+_ANY = "any"
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no types
     """Safe YAML in which 1e-5 is a number and a key stands once."""
 
@@ -111,7 +114,7 @@ def _value(name: str, value: Any, folder: Path) -> Any:
                 return value
             raise ConfigError(f"{name}={value} must be true or false.")
         case "unit":
-            return _choice(name, value, PrivacyUnit)
+            return None if value == _ANY else _choice(name, value, PrivacyUnit, _ANY)
         case "public":
             return frozenset(_choice(name, item, PublicField) for item in _texts(name, value))
         case "tasks" | "code":
@@ -123,8 +126,8 @@ def _value(name: str, value: Any, folder: Path) -> Any:
     return folder / value if name in ("ledger", "data") else value
 
 
-def _choice(name: str, value: Any, choices: type[StrEnum]) -> StrEnum:
-    known = [str(choice) for choice in choices]
+def _choice(name: str, value: Any, choices: type[StrEnum], *others: str) -> StrEnum:
+    known = [*map(str, choices), *others]
     if value not in known:
         raise ConfigError(
             f"{name}={value} is not known{closest(str(value), known) or ':'} "

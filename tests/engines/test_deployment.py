@@ -347,3 +347,17 @@ def runs(pid: str, folder: Path) -> bool:
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
         return os.fsencode(folder / "bin" / "docker") in line and b"\0run\0" in line
     return False
+
+
+def test_more_clients_than_the_compose_file_has_come_from_its_own_pattern() -> None:
+    from fl_app.engines.compose import _more_sites
+
+    compose = REPOSITORY / "docker-compose.yml"
+    assert _more_sites(compose, 3, "test") == []
+    [path] = _more_sites(compose, 5, "test")
+    text = path.read_text()
+    assert "supernode-5:" in text and "supernode-6:" not in text
+    with pytest.raises(ConfigError, match=r"engine.clients=99 cannot be: .*sites=99 must lie in"):
+        _more_sites(compose, 99, "test")
+    with pytest.raises(ConfigError, match=r"engine.clients=4 is more than the 3 of"):
+        _more_sites(Path("/elsewhere/docker-compose.yml"), 4, "test")

@@ -128,7 +128,7 @@ def test_the_ledger_lies_beside_the_policy_wherever_the_command_was_typed(
         ({"consent": "1"}, "consent=1 must be true or false"),
         ({"code": "os"}, "code=os must be a list of names"),
         ({"data": "3"}, "data=3 must be text"),
-        ({"unit": "recod"}, "unit=recod is not known; did you mean record"),
+        ({"unit": "recod"}, "unit=recod is not known; did you mean record.*client, any"),
         ({"accountant": "moments"}, "accountant=moments is not known"),
         ({"tasks": "ecg"}, r"tasks=ecg must be a list of names"),
         ({"tasks": "[1]"}, r"tasks=\[1\] must be a list of names"),
