@@ -4,7 +4,7 @@
 # policy.yaml; chmod 600
 version: 1
 data_set: ward-7-ecg        # names the account in the ledger
-unit: record                # whose presence is hidden: record, client, none (nobody's) or any of them
+unit: record                # whose presence is hidden: record, client, none of both, or any
 epsilon: 3.0                # all rounds of all runs together may cost this much ...
 delta: 1e-5                 # ... at this delta, below one over the number of records
 ledger: ledger.jsonl        # beside this file, or an absolute path; unit: none takes no such three
