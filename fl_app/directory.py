@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from fl_app.arrays import MalformedReplyError
 from fl_app.codec import decode_description, query_messages
+from fl_app.exchange import exchange
 from fl_app.failures import failure_of
 from fl_app.types import (
     ClientDescription,
@@ -171,7 +172,7 @@ def ask(
     grid: Grid, nodes: Sequence[int], *, timeout_s: float
 ) -> Iterator[tuple[int, ClientDescription | str]]:
     """Yield each node that answers, with what it tells about itself, or why it tells nothing."""
-    for reply in grid.send_and_receive(query_messages(nodes, ttl=timeout_s), timeout=timeout_s):
+    for reply in exchange(grid, query_messages(nodes, ttl=timeout_s), timeout_s=timeout_s):
         node, failure = reply.metadata.src_node_id, failure_of(reply)
         if failure:
             yield node, failure[1]

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fl_app.arrays import MalformedReplyError
 from fl_app.codec import encode_model, evaluate_messages, instruction
 from fl_app.directory import Directory, TrainsCohorts
+from fl_app.exchange import exchange
 from fl_app.foreign import OurReplies, Replies
 from fl_app.types import ClientId, Evaluation, Params, client_order
 
@@ -65,7 +66,7 @@ class OwnMeasurements:
             dict.fromkeys(known, content), round=round, ttl=self.timeout_s or self.ttl_s
         )
         evaluations = {}
-        for reply in grid.send_and_receive(messages, timeout=self.timeout_s):
+        for reply in exchange(grid, messages, timeout_s=self.timeout_s):
             client = known.get(reply.metadata.src_node_id)
             if client is None or reply.has_error():
                 continue

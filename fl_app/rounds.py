@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fl_app.algorithm import ServerState
 from fl_app.checkpoint import Checkpoints
 from fl_app.codec import instruction_config
+from fl_app.exchange import exchange
 from fl_app.privacy.base import BudgetExhaustedError
 from fl_app.stopping import Progress, Stopping, describe_stop
 from fl_app.strategy import BudgetsSpentError, FederatedStrategy
@@ -32,11 +33,6 @@ log = logging.getLogger(__name__)
 
 class RunFolderError(FlAppError):
     """The run's folder cannot be written: not allowed, or the disk is full."""
-
-
-POLL_S = (0.005, 0.2)
-"""Seconds between the first two looks for replies on a Grid that does not wait by itself, and at
-most; doubled in between, so that waiting costs neither a quick round time nor a slow one work."""
 
 
 @runtime_checkable
@@ -151,32 +147,6 @@ def _play_round(run: Run, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord
     report = run.strategy.last_report()
     seconds = time.perf_counter() - began
     return changed or arrays, replace(report, metrics=metrics, seconds=seconds)
-
-
-def exchange(
-    grid: Grid, messages: Iterable[Message], *, timeout_s: float | None
-) -> Generator[Message, None, None]:
-    """Send messages and yield replies as they come in; closing it stops waiting for the rest.
-
-    Flower's ``send_and_receive`` returns only once all have answered, and looks every 3 seconds.
-
-    Args:
-        grid: Reaches the clients.
-        messages: Instructions, one a client.
-        timeout_s: Seconds to wait at most, or None.
-    """
-    pending = {identifier for identifier in grid.push_messages(list(messages)) if identifier}
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    pause, longest = POLL_S
-    while pending:
-        for reply in grid.pull_messages(list(pending)):
-            pending.discard(reply.metadata.reply_to_message_id)
-            pause = POLL_S[0]
-            yield reply
-        if not pending or (deadline is not None and time.monotonic() >= deadline):
-            return
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
 
 
 def save_checkpoint(run: Run) -> None:

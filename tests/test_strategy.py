@@ -408,16 +408,21 @@ class Nodes:
     def __init__(self, **answers: Answer) -> None:
         self.connected: dict[int, Answer] = {int(k[1:]): v for k, v in answers.items()}
         self.questions: list[int] = []
+        self._asked: list[Message] = []
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.connected)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        assert timeout is not None
-        self.questions += [message.metadata.dst_node_id for message in messages]
-        answers = [self.connected[m.metadata.dst_node_id](m) for m in messages]
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self._asked = list(messages)
+        for number, message in enumerate(self._asked):
+            message.metadata.__dict__["_message_id"] = f"{number}"
+        self.questions += [message.metadata.dst_node_id for message in self._asked]
+        return [message.metadata.message_id for message in self._asked]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked, self._asked = self._asked, []
+        answers = [self.connected[m.metadata.dst_node_id](m) for m in asked]
         return [answer for answer in answers if answer is not None]
 
 
@@ -506,10 +511,10 @@ def test_a_silent_node_is_not_asked_in_every_round() -> None:
     def silent(message: Message) -> None:
         questions.append(message)
 
-    directory = QueryDirectory(Nodes(n1=named("a"), n2=silent), retry_s=3600.0)
+    directory = QueryDirectory(Nodes(n1=named("a"), n2=silent), retry_s=3600.0, timeout_s=0.02)
     assert known(directory) == known(directory) == {"a": 1}
     assert len(questions) == 1
-    patient = QueryDirectory(Nodes(n1=named("a"), n2=silent), retry_s=0.0)
+    patient = QueryDirectory(Nodes(n1=named("a"), n2=silent), retry_s=0.0, timeout_s=0.02)
     assert known(patient) == known(patient) == {"a": 1}
     assert len(questions) >= 3
 
@@ -552,11 +557,9 @@ def test_a_node_that_joins_during_a_round_does_not_change_it() -> None:
 
 def test_clients_that_do_not_measure_are_left_out_of_the_evaluation() -> None:
     class Measuring(Nodes):
-        def send_and_receive(
-            self, messages: Iterable[Message], *, timeout: float | None = None
-        ) -> Iterable[Message]:
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             measured = Evaluation(num_examples=3, metrics={"accuracy": 0.5})
-            of_2, of_0, of_1 = messages
+            of_2, of_0, of_1 = self._asked
             unasked = Message(RecordDict(), 99, MessageType.EVALUATE)
             replies = [
                 Message(codec.encode_evaluation(measured), reply_to=m)
