@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import secrets
+import socket
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -123,9 +124,16 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     """Return the run's folder, made if need be; never that of another run.
 
     Raises:
-        ConfigError: ``output_url`` is not a local path, or cannot be written.
+        ConfigError: ``output_url`` is not a local path, or cannot be written, or the folder of a
+            run to go on with is not there.
     """
     if config["resume"]:
+        if not (Path(config["resume"]) / "config.yaml").is_file():
+            raise ConfigError(
+                f"resume={config['resume']} is not the folder of a run on this machine "
+                f"({socket.gethostname()}): it never began here, or its files are gone. Start a "
+                "new run."
+            )
         return Path(config["resume"])
     folder = local_path(config["output_url"])
     wanted = (

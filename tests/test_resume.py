@@ -213,3 +213,12 @@ def test_a_full_disk_ends_the_run_with_the_way_to_go_on_and_loses_nothing(tmp_pa
     finished = fl_app("run", f"resume={run_dir}", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     same_result(run_dir, reference)
+
+
+def test_a_run_whose_folder_is_gone_is_not_begun_again_in_its_place(tmp_path: Path) -> None:
+    run_dir = play(tmp_path / "run", "rounds=1")
+    config = resumed_config(str(run_dir), ["rounds=2"])
+    shutil.rmtree(run_dir)
+    with pytest.raises(ConfigError, match="never began here, or its files are gone"):
+        play_config(config)
+    assert not run_dir.exists()
