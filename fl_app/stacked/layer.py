@@ -154,7 +154,7 @@ class StackedLayer(nn.Module):
 
 
 def _blank(tensor: Tensor, records: Tensor) -> Tensor:
-    per_record = tensor.reshape(len(records), -1)
+    per_record = tensor.reshape(records.shape[0], -1)
     zeroed = per_record.masked_fill(records.unsqueeze(1), 0)
     return zeroed.view(tensor.shape)
 

@@ -31,7 +31,7 @@ class _Multiplying(StackedLayer):
 
     def per_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Reduce]:
         """Return squared norms of the products, without making them where that is less."""
-        n, has_bias = len(d), len(self.weights) > 1
+        n, has_bias = d.shape[0], len(self.weights) > 1
         inputs, pulled = self._by_record(kept, d)
         squared, made = _squared_norms(inputs, pulled)
         squared = squared.view(n, -1).sum(1)
@@ -61,7 +61,7 @@ class StackedLinear(_Multiplying):
     def run(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """Keep the inputs, as ``(n, l, q)``."""
         weight, *bias = weights
-        rows = x.reshape(len(weight), -1, x.shape[-1])  # (a, b * l, q)
+        rows = x.reshape(weight.shape[0], -1, x.shape[-1])  # (a, b * l, q)
         turned = weight.transpose(1, 2)
         if bias:
             outputs = torch.baddbmm(bias[0].unsqueeze(1), rows, turned)
@@ -72,7 +72,7 @@ class StackedLinear(_Multiplying):
     def pull(self, kept: Sequence[Tensor], weights: Sequence[Tensor], d: Tensor) -> Tensor:
         """Return ``d`` times the weights."""
         weight = weights[0]
-        rows = d.reshape(len(weight), -1, d.shape[-1])
+        rows = d.reshape(weight.shape[0], -1, d.shape[-1])
         return torch.bmm(rows, weight).view(*d.shape[:-1], weight.shape[2])
 
     def gradients(self, kept: Sequence[Tensor], d: Tensor) -> Sequence[Tensor]:
@@ -90,7 +90,7 @@ class StackedLinear(_Multiplying):
             bias[0].add_(rows.sum(1), alpha=-rate)
 
     def _by_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
-        n = len(d)
+        n = d.shape[0]
         inputs, pulled = kept[0].view(n, -1, kept[0].shape[-1]), d.reshape(n, -1, d.shape[-1])
         return inputs.transpose(1, 2), pulled.transpose(1, 2)
 
@@ -129,19 +129,19 @@ class StackedConv(_Multiplying):
         weight, *bias = weights
         columns, sizes = self._unfold(x)
         a, p = weight.shape[:2]
-        matrices = self._matrices(weight, len(x))  # (n * groups, p / groups, q)
+        matrices = self._matrices(weight, x.shape[0])  # (n * groups, p / groups, q)
         if bias:
-            start = bias[0].view(a, 1, p, 1).expand(a, len(x) // a, p, 1)
-            start = start.reshape(len(matrices), -1, 1)
+            start = bias[0].view(a, 1, p, 1).expand(a, x.shape[0] // a, p, 1)
+            start = start.reshape(matrices.shape[0], -1, 1)
             outputs = torch.baddbmm(start, matrices, columns)
         else:
             outputs = torch.bmm(matrices, columns)
         shape = x.new_empty(1).expand(x.shape)  # carries the shape, and no memory
-        return outputs.view(len(x), p, *sizes), (columns, shape)
+        return outputs.view(x.shape[0], p, *sizes), (columns, shape)
 
     def pull(self, kept: Sequence[Tensor], weights: Sequence[Tensor], d: Tensor) -> Tensor:
         """Return what every output leaves at the inputs it was computed from, added up."""
-        n, sizes = len(d), d.shape[2:]
+        n, sizes = d.shape[0], d.shape[2:]
         of_columns = torch.bmm(
             self._matrices(weights[0], n).transpose(1, 2),
             d.reshape(n * self._groups, -1, sizes.numel()),
@@ -164,14 +164,14 @@ class StackedConv(_Multiplying):
         """Return sums over records of what `_made` gives."""
         a, weight = self.clients, self.weights[0]
         made = self._made(kept, d)
-        sums = made.view(a, len(d) // a, -1).sum(1).view(weight.shape)
+        sums = made.view(a, d.shape[0] // a, -1).sum(1).view(weight.shape)
         if len(self.weights) == 1:
             return (sums,)
-        pulled = d.reshape(a, len(d) // a, d.shape[1], -1)
+        pulled = d.reshape(a, d.shape[0] // a, d.shape[1], -1)
         return sums, pulled.sum((1, 3))
 
     def _by_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
-        return kept[0], d.reshape(len(kept[0]), -1, kept[0].shape[2])
+        return kept[0], d.reshape(kept[0].shape[0], -1, kept[0].shape[2])
 
     def blank(self, kept: Sequence[Tensor], records: Tensor) -> Sequence[Tensor]:
         """Return the unfolded inputs with zeros for some records."""
@@ -265,20 +265,20 @@ class StackedScale(StackedLayer):
     def _made(self, x: Tensor, d: Tensor) -> list[Tensor]:
         """Return each record's gradients, ``(n, features)``."""
         pulled = self._split(d)
-        of_weight = (pulled * self._split(x)).sum((2, 4)).view(len(d), -1)
+        of_weight = (pulled * self._split(x)).sum((2, 4)).view(d.shape[0], -1)
         if len(self.weights) == 1:
             return [of_weight]
-        return [of_weight, pulled.sum((2, 4)).view(len(d), -1)]
+        return [of_weight, pulled.sum((2, 4)).view(d.shape[0], -1)]
 
     def _split(self, x: Tensor) -> Tensor:
         """Return ``(a, b, positions before, features, positions after)``."""
         a = self.clients
         if self._groups is not None:
-            return x.reshape(a, len(x) // a, 1, x.shape[1], -1)
-        return x.reshape(a, len(x) // a, -1, math.prod(self._shape), 1)
+            return x.reshape(a, x.shape[0] // a, 1, x.shape[1], -1)
+        return x.reshape(a, x.shape[0] // a, -1, math.prod(self._shape), 1)
 
     def _broadcast(self, weight: Tensor) -> Tensor:
-        return weight.reshape(len(weight), 1, 1, -1, 1)
+        return weight.reshape(weight.shape[0], 1, 1, -1, 1)
 
 
 class StackedEmbedding(StackedLayer):
@@ -304,7 +304,9 @@ class StackedEmbedding(StackedLayer):
         # Zeros; raises if a number is out of range, which in the stack would mean a row of another
         # client. Added, for else a recording would leave it out.
         in_range = functional.embedding(x, weights[0].new_zeros(count, 1))
-        shift = torch.arange(0, a * count, count, device=x.device).repeat_interleave(len(x) // a)
+        shift = torch.arange(0, a * count, count, device=x.device).repeat_interleave(
+            x.shape[0] // a
+        )
         rows = x + along(shift, x)
         return weights[0].reshape(a * count, width)[rows] + in_range, (rows,)
 
@@ -317,7 +319,7 @@ class StackedEmbedding(StackedLayer):
 
     def per_record(self, kept: Sequence[Tensor], d: Tensor) -> tuple[Tensor, Reduce]:
         """Return squared norms: those of the rows' sums, over pairs of equal numbers."""
-        n = len(d)
+        n = d.shape[0]
         rows, pulled = kept[0].reshape(n, -1), self._counted(kept[0], d).reshape(n, -1, d.shape[-1])
         equal = rows.unsqueeze(1) == rows.unsqueeze(2)
         precise = pulled.double()  # as in `_squared_norms`
@@ -366,7 +368,7 @@ def _squared(tensor: Tensor) -> Tensor:
 
 def _weighted_sum(factors: Tensor, made: Tensor, clients: int) -> Tensor:
     """Return by client the sum of records' gradients ``(n, *shape)`` times factors ``(n,)``."""
-    flat = made.reshape(clients, len(made) // clients, -1)
+    flat = made.reshape(clients, made.shape[0] // clients, -1)
     sums = torch.bmm(factors.view(clients, 1, -1), flat)
     return sums.view(clients, *made.shape[1:])
 

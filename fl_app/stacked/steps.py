@@ -35,9 +35,9 @@ class _Steps:
         self._programs: dict[float | None, Programs] = {}
 
     def _program(self, constant: float | None, step: Callable[..., Sequence[Tensor]]) -> Programs:
-        """Return the recordings of a step whose first argument is a constant, not a tensor."""
+        """Return the recordings of a step: of a constant, three tensors by record, and weights."""
         if constant not in self._programs:
-            self._programs[constant] = Programs(partial(step, constant))
+            self._programs[constant] = Programs(partial(step, constant), by_record=3)
         return self._programs[constant]
 
     def _bound(self, weights: Sequence[Tensor], records: int) -> list[Tensor]:
@@ -71,7 +71,7 @@ class PlainSteps(_Steps):
     def _step(
         self, rate: float | None, inputs: Tensor, targets: Tensor, shares: Tensor, *weights: Tensor
     ) -> Sequence[Tensor]:
-        local = self._bound(weights, len(targets))
+        local = self._bound(weights, targets.shape[0])
         with nullcontext() if rate is None else self._model.descending(rate):
             losses = self._losses(self._model(inputs), targets)
             gradients = torch.autograd.grad(
@@ -134,7 +134,7 @@ class PrivateSteps(_Steps):
         finite_only: bool = False,
     ) -> Sequence[Tensor]:
         """Return squared norms of records' gradients ``(n,)``, and sums of the clipped ones."""
-        local = self._bound(weights, len(targets))
+        local = self._bound(weights, targets.shape[0])
         with self._model.taping() as tape:
             total = (self._losses(self._model(inputs), targets) * real).sum()
             torch.autograd.grad(total, local, allow_unused=True)

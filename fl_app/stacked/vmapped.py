@@ -72,7 +72,7 @@ class VmappedLayer(StackedLayer):
 
     def run(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """Keep the inputs."""
-        a = len(weights[0])
+        a = weights[0].shape[0]
 
         def call(own: Sequence[Tensor], part: Tensor) -> Any:
             return self._call(own, (part,), {})
@@ -92,7 +92,7 @@ class VmappedLayer(StackedLayer):
             result: Tensor = of_inputs
             return result
 
-        a = len(weights[0])
+        a = weights[0].shape[0]
         mapped: Any = torch.vmap(one)
         parts: Tensor = mapped(tuple(weights), _split(kept[0], a), _split(d, a))
         return parts.flatten(0, 1)
@@ -105,14 +105,14 @@ class VmappedLayer(StackedLayer):
         """Return squared norms of the gradients, which are made."""
         all_made = self._made(kept[0], d)  # each (a, b, *shape)
         if len(kept) > 1:
-            blanked = kept[1].view(len(all_made[0]), -1)
+            blanked = kept[1].view(all_made[0].shape[0], -1)
             all_made = [made.masked_fill(along(blanked, made), 0) for made in all_made]
         squared = torch.stack([_flat(made).square().sum(2) for made in all_made]).sum(0)
 
         def reduce(factors: Tensor) -> Sequence[Tensor]:
             by_client = factors.view(squared.shape).unsqueeze(1)  # (a, 1, b)
             return [
-                torch.bmm(by_client, _flat(made)).view(len(made), *made.shape[2:])
+                torch.bmm(by_client, _flat(made)).view(made.shape[0], *made.shape[2:])
                 for made in all_made
             ]
 
@@ -141,7 +141,7 @@ class VmappedLayer(StackedLayer):
 
         over_records: Callable[..., Any] = torch.vmap(one, in_dims=(None, 0, 0))
         weights = tuple(weight.detach() for weight in self.weights)
-        a = len(weights[0])
+        a = weights[0].shape[0]
         made: Sequence[Tensor] = torch.vmap(over_records)(weights, _split(x, a), _split(d, a))
         return made
 
@@ -151,7 +151,7 @@ class VmappedLayer(StackedLayer):
 
 
 def _split(tensor: Tensor, clients: int) -> Tensor:
-    return tensor.reshape(clients, len(tensor) // clients, *tensor.shape[1:])
+    return tensor.reshape(clients, tensor.shape[0] // clients, *tensor.shape[1:])
 
 
 def _flat(made: Tensor) -> Tensor:
