@@ -32,7 +32,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-all check lint format types bench bench-startup bench-privacy lock wheels certs docker-build docker-run clean
+.PHONY: help run test test-slow test-all check lint format types bench bench-startup bench-deployment bench-privacy lock wheels certs docker-build docker-run clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,9 @@ bench: $(INSTALLED) ## Compare seconds per round with others; ARGS="--only mlp -
 
 bench-startup: $(INSTALLED) ## Measure how long runs take to start, on each engine and under flwr run
 	$(PY) tests/bench/startup.py $(ARGS)
+
+bench-deployment: $(INSTALLED) ## Measure where the seconds of a deployed round go; ARGS="--soak 100" for a storm of faults
+	$(PY) tests/bench/deployment_round.py $(ARGS)
 
 bench-privacy: $(INSTALLED) ## Measure what privacy costs: accuracy against epsilon, seconds a round
 	OMP_NUM_THREADS=1 $(PY) tests/bench/privacy_cost.py
