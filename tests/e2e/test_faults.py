@@ -7,6 +7,7 @@ word, and the run's own files; and each owner's ledger must hold whatever was tr
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,6 +197,23 @@ def test_a_run_outlives_its_server_app_and_its_superlink(
     assert summary["resumed_from_round"] >= 2
     assert [entry["round"] for entry in played.rounds] == list(range(1, 7))
     assert played.there == failed.there
+    ledgers_hold_what_was_trained(parties, played)
+
+
+def test_a_run_that_is_interrupted_is_stopped_and_goes_on_when_somebody_says_so(
+    parties: Federation, tmp_path: Path
+) -> None:
+    playing = play(parties, tmp_path, "rounds=100")
+    playing.wait_for_round(1)
+    playing.process.send_signal(signal.SIGINT)
+    stopped = playing.end()
+    assert stopped.code == 1
+    assert f"goes on with: fl-app run resume={playing.here}" in stopped.said
+    assert "Traceback" not in stopped.said
+    assert stopped.status == "finished:stopped"
+    engine = [parameter for parameter in parties.engine if not parameter.startswith("engine=")]
+    played = Playing(parties, tmp_path, f"resume={playing.here}", *engine, "rounds=2").end()
+    assert played.completed()["rounds"] >= 2
     ledgers_hold_what_was_trained(parties, played)
 
 
