@@ -210,7 +210,7 @@ def soak(rounds: int, seed: int) -> None:
         numbers = [entry["round"] for entry in played.rounds]
         assert numbers == list(range(1, rounds + 1)), numbers
         ledgers_hold_what_was_trained(parties, played)
-    updates = sum(entry["num_updates"] for entry in played.rounds)
+        updates = sum(entry["num_updates"] for entry in played.rounds)
     print(f"{summary['rounds']} rounds, {updates} of {3 * rounds} updates, none recorded twice")
     print(f"{resumes} resumes, {time.monotonic() - began:.0f} s")
     for name, times in happened.most_common():
