@@ -10,10 +10,10 @@ import json
 import os
 import secrets
 import subprocess
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class Containers:
         pki = ["--volume", f"{self.project}_pki-public:/pki:ro"]
         return _probed([*new, *pki, self.engine.image], asked)
 
-    @cached_property
+    @property
     def newest_run(self) -> Path:
         return max(self.outputs.glob("*/*"), key=lambda folder: folder.stat().st_mtime)
 
@@ -192,9 +192,19 @@ def federation(engine: DockerEngine, outputs: Path, *, port: int) -> Generator[C
     """A federation that is gone, volumes and all, when the block ends."""
     project = f"fl-app-test-{secrets.token_hex(4)}"
     containers = Containers(engine=engine, project=project, outputs=outputs, port=port)
-    try:
+    profiles = ["--profile", "gpu", "--profile", "insecure"]
+    down = ["down", "--volumes", "--remove-orphans", "--timeout", "3"]
+    # Also if the tests are killed: closing its stdin is what starts it.
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fl_app.engines.afterwards"),
+            *(*containers.command, *profiles, *down),
+        ],
+        cwd=REPOSITORY,
+        env=containers.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ):
         yield containers
-    finally:
-        for profile in ("gpu", "insecure"):
-            down = ["--profile", profile, "down", "--volumes", "--remove-orphans", "--timeout", "3"]
-            containers.compose(*down)

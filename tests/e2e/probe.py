@@ -37,7 +37,7 @@ def http_status(host: str, port: int, method: str, path: str) -> int | str:
     connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
-        connection.putheader("Content-Type", "application/x-protobuf")
+        connection.putheader("Content-Type", "application/protobuf")
         connection.putheader("Content-Length", "0")
         connection.endheaders()
         return connection.getresponse().status

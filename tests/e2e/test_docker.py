@@ -248,6 +248,16 @@ def test_the_image_has_no_compiler_no_installer_and_another_user_than_root(
     assert size < MOST_IMAGE_BYTES
 
 
+def test_without_tls_and_keys_the_same_sites_play_on_one_trusted_machine(
+    containers: Containers,
+) -> None:
+    before = set(containers.outputs.glob("*/*"))
+    code, shown = containers.run(f"rounds=1 {SHORT}", service="run-insecure")
+    assert code == 0, shown
+    (run,) = set(containers.outputs.glob("*/*")) - before
+    assert [len(row["cohort"]) for row in rounds_of(run)] == [3]
+
+
 def test_a_supernode_killed_in_mid_run_costs_its_replies_and_the_run_ends_right(
     containers: Containers,
 ) -> None:
