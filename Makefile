@@ -35,7 +35,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 .PHONY: help run test test-slow test-all check lint format types bench bench-startup bench-deployment bench-privacy lock wheels certs docker-build docker-run clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 run: $(INSTALLED) ## Run the quickstart; change it with ARGS="strategy=fedprox rounds=5"
 	$(VENV)/bin/fl-app run experiment=quickstart $(ARGS)
