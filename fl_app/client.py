@@ -328,7 +328,9 @@ class ClientRuntime:
         """
         if not self.measures():
             raise PolicyError("measurements on this client's own records are withheld.")
-        test = self._data.examples_of(client).test
+        examples = self._data.examples_of(client)
+        self._site.check_records(examples.train)
+        test = examples.test
         if test is None:
             raise ConfigError(
                 f"client {client} has no held-out records of its own: raise "
@@ -339,6 +341,7 @@ class ClientRuntime:
     def describe(self, client: ClientId) -> ClientDescription:
         """Return what the client is willing to tell about itself."""
         train = self._data.examples_of(client).train
+        self._site.check_records(train)
         counts = None
         shares = self._training.share_label_counts and "label_counts" in self._told
         if shares and not train.targets.is_floating_point():

@@ -27,6 +27,7 @@ from fl_app.failures import code_and_reason, error_reply
 from fl_app.privacy.base import Admission, BudgetExhaustedError, PolicyError
 from fl_app.run_config import local_path
 from fl_app.site import SimulatedSite, Site
+from fl_app.site_config import RefusedRequestError
 from fl_app.site_protocol import SOCKET
 from fl_app.training import ClientTimeoutError
 from fl_app.types import Budget, ClientId, ConfigError, FlAppError
@@ -34,6 +35,7 @@ from fl_app.types import Budget, ClientId, ConfigError, FlAppError
 log = logging.getLogger(__name__)
 
 _ADMITTED = "admitted"
+_LONGEST_LINE = 1000
 
 
 class ClientFailedError(FlAppError):
@@ -102,22 +104,30 @@ def told_error(error: Exception, *, trusted: bool) -> tuple[int, str]:
         trusted: Whether the server may read the words of our own errors: it runs the clients.
     """
     if isinstance(error, FlAppError) and not _quotes_others(error):
-        log.warning("This client fails: %s", error)
-        told = trusted or isinstance(error, BudgetExhaustedError | codec.VersionError)
+        log.warning("This client fails: %s", one_line(str(error)))
+        told = trusted or isinstance(error, _TOLD)
         return code_and_reason(error if told else _discreetly(error))
     log.exception("This client failed; the server is told the kind of error alone.", exc_info=error)
     failed = ClientFailedError(f"{type(error).__name__}; see the client's own log")
     return code_and_reason(failed)
 
 
-def _discreetly(error: FlAppError) -> FlAppError:
-    """Return an error of a real client without its words.
+_TOLD = (BudgetExhaustedError, codec.VersionError, RefusedRequestError)
+"""Errors of a real client whose words its server may read: how a budget stands as far as its
+owner's policy allows, and what quotes nothing but the server."""
 
-    How a budget stands is told, if at all, in the words that its owner's policy allows.
-    """
-    kinds = (PolicyError, ClientTimeoutError)
-    kind = next((kind for kind in kinds if isinstance(error, kind)), ClientFailedError)
-    return kind(f"{type(error).__name__}; this client's own log says why")
+
+def one_line(text: str) -> str:
+    """Return what others may have written as it can stand in a log: short, and no line of ours."""
+    return "".join(c if c.isprintable() else " " for c in text)[:_LONGEST_LINE]
+
+
+def _discreetly(error: FlAppError) -> FlAppError:
+    """Return an error of a real client without its words."""
+    for kind in (PolicyError, ClientTimeoutError):
+        if isinstance(error, kind):
+            return kind("this client's own log says why")
+    return ClientFailedError(f"{type(error).__name__}; this client's own log says why")
 
 
 def _quotes_others(error: FlAppError) -> bool:

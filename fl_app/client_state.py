@@ -8,6 +8,7 @@ round, so that a run resumed at round r sees what its clients remembered then.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -133,3 +134,17 @@ class DiskClientState:
 def _file_name(name: str) -> str:
     """Return a name as that of one file: a site's name must not be able to leave the folder."""
     return quote(name, safe="").replace(".", "%2E")
+
+
+def forget_runs(folder: Path, *, keep: int) -> None:
+    """Delete the states of all runs but those used last.
+
+    Args:
+        folder: Of a `DiskClientState`.
+        keep: How many runs are kept.
+    """
+    if not folder.is_dir():
+        return
+    runs = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for run in runs[: max(0, len(runs) - keep)]:
+        shutil.rmtree(run, ignore_errors=True)

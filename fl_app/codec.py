@@ -54,7 +54,7 @@ from fl_app.types import (
 _ARRAYS, _CONFIG, _METRICS, _CLIENT = "arrays", "config", "metrics", "client"
 _ROUND, _NUM_EXAMPLES, _TRAIN = "server-round", "num-examples", "train-"
 _CLIENT_ID, _LABEL_COUNTS = "client-id", "label-counts"
-_LONGEST_NAME, _MOST_LABELS = 64, 10_000
+_LONGEST_NAME, _MOST_LABELS, _LAST_ROUND = 64, 10_000, 10**9
 _RUN, _RUN_DIR, _MAX_NORM, _VERSION = "run", "run-dir", "max-norm", "fl-app"
 _PRIVACY, _SPENT, _EPSILON = "privacy", "epsilon-spent", "epsilon"
 _DELTA, _ROUNDS_LEFT = "delta", "rounds-left"
@@ -268,6 +268,10 @@ def patience_of(instruction: Message) -> float:
     return metadata.created_at + metadata.ttl - time.time()
 
 
+class MalformedInstructionError(FlAppError):
+    """A server's message is no instruction."""
+
+
 class VersionError(FlAppError):
     """Server and site run versions of fl-app that do not understand one another."""
 
@@ -296,13 +300,22 @@ def described(kind: str, content: RecordDict) -> str:
 
 
 def decode_instruction(content: RecordDict, *, deadline_s: float | None) -> TrainInstruction:
-    """Return what a training instruction says, to whomever it is sent."""
-    config = cast(ConfigRecord, content[_CONFIG])
-    max_norm = config.get(_MAX_NORM)
+    """Return what a training instruction says, to whomever it is sent.
+
+    Raises:
+        MalformedInstructionError: It is none.
+    """
+    config = content.get(_CONFIG)
+    if not (isinstance(config, ConfigRecord) and isinstance(content.get(_ARRAYS), ArrayRecord)):
+        raise MalformedInstructionError("the instruction holds no model, or no configuration.")
+    max_norm, round, run = config.get(_MAX_NORM), config.get(_ROUND), config.get(_RUN, "")
+    # Both go into the ledger, which holds nothing that it could not read again.
+    if type(round) is not int or not 1 <= round <= _LAST_ROUND or not isinstance(run, str):
+        raise MalformedInstructionError(f"round={round!r:.20} or run={run!r:.20} cannot be.")
     return TrainInstruction(
-        round=cast(int, config[_ROUND]),
+        round=round,
         params=decode_model(content),
-        run=str(config.get(_RUN, ""))[:_LONGEST_NAME],
+        run=run[:_LONGEST_NAME],
         deadline_s=deadline_s,
         max_norm=max_norm if isinstance(max_norm, float) and 0 < max_norm < math.inf else None,
         run_dir=str(config[_RUN_DIR]) if _RUN_DIR in config else None,

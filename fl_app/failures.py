@@ -20,6 +20,7 @@ _CODES: dict[str, int] = {
     "ClientTimeoutError": ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     "BudgetExhaustedError": _REFUSED_CODE,
     "PolicyError": _REFUSED_CODE,
+    "RefusedRequestError": _REFUSED_CODE,
 }
 """Error codes by the names of exceptions that are not plain failures."""
 

@@ -15,7 +15,14 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
-from fl_app.site_protocol import MOST_BODY_BYTES, Kind, ProtocolError, Request, ask
+from fl_app.site_protocol import (
+    LONGEST_PATIENCE_S,
+    MOST_BODY_BYTES,
+    Kind,
+    ProtocolError,
+    Request,
+    ask,
+)
 
 _START_S = 30.0
 """Seconds for which a worker that is not there yet, or is being restarted, is waited for."""
@@ -32,7 +39,7 @@ def relay(message: Message, context: Context, *, path: str) -> Message:
     """Return the reply of the worker at a socket to a message; an error reply if there is none."""
     metadata = message.metadata
     # Not by when it was made: that is another machine's clock. Too old ones the SuperLink keeps.
-    patience_s = metadata.ttl
+    patience_s = min(metadata.ttl, LONGEST_PATIENCE_S)
     request = Request(
         kind=_KINDS[metadata.message_type],
         config_json=str(context.run_config.get("config-json") or ""),

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,17 @@ site_cli = typer.Typer(
 _Socket = Annotated[
     Path, typer.Option(help="Where bundles reach the worker; in a folder that they may enter.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """How a worker works, none of which a server can say."""
+
+    name: str | None
+    device: str
+    threads: int
+    most_round_s: float
+    most_body_bytes: int
 
 
 @site_cli.callback()
@@ -47,6 +59,12 @@ def site(
     device: Annotated[
         str, typer.Option(help="Where it trains: cpu, cuda, cuda:N, or auto for a GPU if any.")
     ] = "cpu",
+    threads: Annotated[
+        int, typer.Option(min=1, max=256, help="CPU threads of a step; more than 1 changes bits.")
+    ] = 1,
+    most_round_s: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that a message may take.")
+    ] = 3600.0,
     most_mib: Annotated[
         int, typer.Option(min=1, help="MiB that a request may have.")
     ] = MOST_BODY_BYTES >> 20,
@@ -58,7 +76,18 @@ def site(
         raise ConfigError(
             "a worker needs --policy FILE, --socket PATH and --state FOLDER; --help says more."
         )
-    _serve(policy, socket, state, name=name, device=device, most_body_bytes=most_mib << 20)
+    _serve(
+        policy,
+        socket,
+        state,
+        _Options(
+            name=name,
+            device=device,
+            threads=threads,
+            most_round_s=most_round_s,
+            most_body_bytes=most_mib << 20,
+        ),
+    )
 
 
 @site_cli.command()
@@ -76,10 +105,7 @@ def _serve(
     policy: Path,
     socket: Path,
     state: Path,
-    *,
-    name: str | None,
-    device: str,
-    most_body_bytes: int,
+    options: _Options,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     log = logging.getLogger(__name__)
@@ -92,14 +118,21 @@ def _serve(
             check_writable(key, folder)
     with _alone(state):
         # What takes seconds to import is there before the first request.
+        import torch
+
         from fl_app.site_server import SiteServer
         from fl_app.site_worker import SiteWorker
         from fl_app.vectorizing import device_of
 
+        torch.set_num_threads(options.threads)
         worker = SiteWorker(
-            policy=policy, state=state, name=name, device=device_of("--device", device)
+            policy=policy,
+            state=state,
+            name=options.name,
+            device=device_of("--device", options.device),
+            most_round_s=options.most_round_s,
         )
-        server = SiteServer(socket, worker.answer, most_body_bytes=most_body_bytes)
+        server = SiteServer(socket, worker.answer, most_body_bytes=options.most_body_bytes)
 
         def end(*_: object) -> None:
             raise SystemExit(0)

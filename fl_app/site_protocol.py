@@ -38,6 +38,12 @@ MOST_BODY_BYTES = 512 << 20
 """Bytes of a body, at most, unless a worker is told another number."""
 
 MOST_HEADER_BYTES = 1 << 20
+LONGEST_PATIENCE_S = 7 * 24 * 3600.0
+"""Seconds for which a server may say that it waits."""
+
+SILENCE_S = 10.0
+"""Seconds for which whoever sends a frame may stand still."""
+
 _LONGEST_REASON = 2000
 _MOST_NODE_KEYS = 32
 _CHUNK_BYTES = 1 << 20
@@ -84,6 +90,8 @@ class Request:
         plain = all(isinstance(value, str | int | float) for value in node.values())
         if not plain or len(node) > _MOST_NODE_KEYS:
             raise ProtocolError("node must hold a few texts and numbers.")
+        if not 0 < header["patience_s"] <= LONGEST_PATIENCE_S:  # nor is NaN
+            raise ProtocolError(f"patience_s must lie in (0, {LONGEST_PATIENCE_S:.0f}].")
         if header["kind"] not in list(Kind):
             raise ProtocolError(f"kind={header['kind']!r:.40} is not known: {', '.join(Kind)}.")
         return cls(**{**header, "kind": Kind(header["kind"])})
@@ -153,8 +161,16 @@ def receive_header(peer: socket.socket, *, deadline: float) -> tuple[dict[str, A
     return header, body_bytes
 
 
-def receive(peer: socket.socket, count: int, *, deadline: float) -> bytes:
+def receive(
+    peer: socket.socket, count: int, *, deadline: float, silence_s: float | None = None
+) -> bytes:
     """Return exactly ``count`` bytes; memory is taken as they come, not as they are announced.
+
+    Args:
+        peer: The other side.
+        count: How many.
+        deadline: `time.monotonic` value by which they must have come.
+        silence_s: Seconds for which none may come, or None.
 
     Raises:
         OSError: They did not come in time, or the peer is gone.
@@ -164,7 +180,7 @@ def receive(peer: socket.socket, count: int, *, deadline: float) -> bytes:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the other side is too slow")
-        peer.settimeout(left)
+        peer.settimeout(left if silence_s is None else min(left, silence_s))
         chunk = peer.recv(min(count - len(received), _CHUNK_BYTES))
         if not chunk:
             raise ConnectionResetError("the other side has gone")

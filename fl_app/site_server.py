@@ -20,6 +20,7 @@ from typing import TypeAlias
 
 from fl_app.errors import ConfigError
 from fl_app.site_protocol import (
+    SILENCE_S,
     Kind,
     ProtocolError,
     Reply,
@@ -114,7 +115,8 @@ class SiteServer:
         with self._turn:
             # Read only now: no more than one body is in memory, however many are announced.
             patience_s = _HEADER_S + body_bytes / _SLOWEST_BYTES_S
-            body = receive(peer, body_bytes, deadline=time.monotonic() + patience_s)
+            deadline = time.monotonic() + patience_s
+            body = receive(peer, body_bytes, deadline=deadline, silence_s=SILENCE_S)
             reply, answer = self._answer(request, body)
             send(peer, reply, answer, within_s=_SEND_S)
 

@@ -21,16 +21,16 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from fl_app import codec
 from fl_app.client import ClientRuntime
-from fl_app.client_messages import answer_content, client_of, runtime_of, told_error
-from fl_app.client_state import DiskClientState
+from fl_app.client_messages import answer_content, client_of, one_line, runtime_of, told_error
+from fl_app.client_state import DiskClientState, forget_runs
 from fl_app.cohort import CohortTrainer
-from fl_app.components import Components, adopt_threads, build
+from fl_app.components import Components, build
 from fl_app.config import to_json
 from fl_app.privacy.base import PolicyError
 from fl_app.privacy.policy import Policy
 from fl_app.privacy.policy_file import read_policy
 from fl_app.site import DeployedSite
-from fl_app.site_config import site_config
+from fl_app.site_config import site_config, version_of
 from fl_app.site_protocol import Kind, ProtocolError, Reply, Request
 from fl_app.stacked.layer import NotStackableError
 from fl_app.types import ClientId, ConfigError
@@ -39,6 +39,9 @@ from fl_app.vectorizing import cohort_trainer
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+STATES = "client_state"
+KEPT_RUNS = 10
+"""Runs, those used last, of which a client remembers anything: a server can name ever new ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +55,15 @@ class SiteWorker:
         name: The client's name in the federation, or None for the one at the position that its
             SuperNode was given.
         device: Where it trains; what cannot be trained elsewhere is trained on the CPU.
+        most_round_s: Seconds that a message may take, however long the server would wait: nobody
+            else is answered meanwhile, and a consent that is withdrawn takes effect after it.
     """
 
     policy: Path
     state: Path
     name: str | None = None
     device: torch.device = CPU
+    most_round_s: float = 3600.0
 
     def answer(self, request: Request, body: bytes) -> tuple[Reply, bytes]:
         """Return the answer to a request; never raises because of what was asked."""
@@ -95,14 +101,18 @@ class SiteWorker:
             request.overrides,
             tuple(sorted(request.node.items())),
             policy=policy,
+            version="" if policy.data is None else version_of(policy.data),
             state=self.state,
             name=self.name,
             device=self.device,
         )
         answer = answer_content(
-            str(request.kind), content, runtime, client, deadline_s=request.patience_s
+            *(str(request.kind), content, runtime, client),
+            deadline_s=min(request.patience_s, self.most_round_s),
         )
-        log.info("Answered %s for client %s.", codec.described(request.kind, content), client)
+        forget_runs(self.state / STATES, keep=KEPT_RUNS)
+        told = one_line(codec.described(request.kind, content))
+        log.info("Answered %s for client %s.", told, client)
         return answer
 
 
@@ -119,11 +129,22 @@ def _served(
     node: tuple[tuple[str, str | int | float | bool], ...],
     *,
     policy: Policy,
+    version: str,
     state: Path,
     name: str | None,
     device: torch.device,
 ) -> tuple[ClientId, ClientRuntime]:
     """Return which client a site is under a configuration, and what serves it.
+
+    Args:
+        config_json: What the server sent.
+        overrides: What the server sent.
+        node: What the site's SuperNode was started with, as a bundle says.
+        policy: Of the owner.
+        version: Of the site's own records: another one has them read anew.
+        state: Folder for what the client remembers.
+        name: The client's, if it was given one.
+        device: Where it trains.
 
     Raises:
         ConfigError: The configuration is not valid, or names no client that the site could be.
@@ -135,10 +156,9 @@ def _served(
         config_json=config_json,
         overrides=overrides,
         node=known,
-        patience_s=0.0,
+        patience_s=1.0,
     )
     config = site_config(request, policy, name=name)
-    adopt_threads(config)
     components = build(to_json(config))
     try:
         policy.check_task(components.task.name)
@@ -146,7 +166,7 @@ def _served(
         raise PolicyError(str(error)) from error
     runtime = runtime_of(
         config,
-        states=DiskClientState(state / "client_state"),
+        states=DiskClientState(state / STATES),
         site=DeployedSite(privacy=components.privacy, policy=policy),
         trainer=None if device == CPU else _trainer(components, device),
     )

@@ -71,6 +71,7 @@ class SiteClient:
         patience_s: float = 600.0,
         params: Params | None = None,
         version: str | None = None,
+        round: Any = 1,
     ) -> Message:
         """Return the answer to a server that sends exactly this."""
         adopt_identity()
@@ -79,8 +80,10 @@ class SiteClient:
             codec.instruction_config("run", {}, run_dir=str(self.folder / "elsewhere")),
             round=1,
         )
+        config_record: Any = instruction["config"]
+        config_record["server-round"] = round
         if version is not None:
-            instruction["config"]["fl-app"] = version  # type: ignore[index]
+            config_record["fl-app"] = version
         request = Request(
             kind=Kind(kind),
             config_json=config if isinstance(config, str) else to_json(config),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,13 @@ from site_client import BASE, OPEN_POLICY, PRIVATE_POLICY, SiteClient, initial
 
 from fl_app import codec
 from fl_app.client_messages import local_runtime
+from fl_app.client_state import forget_runs
+from fl_app.components import settled
 from fl_app.config import compose_config, to_json
 from fl_app.failures import failure_of
+from fl_app.privacy.ledger import Ledger
 from fl_app.site_protocol import Kind, Request
-from fl_app.types import FailureKind
+from fl_app.types import FailureKind, Params
 
 NOISE = ("privacy.noise_multiplier=1.0", "privacy.target_epsilon=null")
 PRIVATE = ("privacy=record", *NOISE, "client.batch_size=32")
@@ -228,7 +234,9 @@ HOSTILE_TARGETS = [
     ("client.optimizer", "torch.optim.sgd"),
     ("client.optimizer", "torch.hub.load"),
     ("strategy", "flwr.serverapp.strategy.fedavg.os.system"),
-    ("tracking", "subprocess.Popen"),
+    ("selection", "torch.optim.SGD"),
+    ("stopping", "fl_app.tracking.wandb_tracker.WandbTracker"),
+    ("task", "fl_app.engines.compose._called"),
 ]
 
 
@@ -243,14 +251,14 @@ def test_a_server_cannot_name_code_that_the_site_did_not_install_for_that(
         place = place[part]
     place["_target_"] = target
     place["touch"] = str(tmp_path / "touched")
-    assert "PolicyError" in declined(site.told(to_json(config)))
-    assert f"{key}._target_={target} is not code that a server may name" in caplog.text
+    assert "RefusedRequestError" in declined(site.told(to_json(config)))
+    assert f"{key}._target_={target!r} is not code that a server may name" in caplog.text
 
 
 def test_code_deep_in_a_list_is_found(tmp_path: Path) -> None:
     site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
     config["strategy"] = {**config["strategy"], "extra": [{"a": [{"_target_": "os.system"}]}]}
-    assert "PolicyError" in declined(site.told(to_json(config)))
+    assert "RefusedRequestError" in declined(site.told(to_json(config)))
 
 
 def test_optimizers_of_torch_may_be_named(tmp_path: Path) -> None:
@@ -263,7 +271,7 @@ def test_optimizers_of_torch_may_be_named(tmp_path: Path) -> None:
 def test_nothing_of_the_sites_environment_is_put_into_a_configuration(tmp_path: Path) -> None:
     site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
     config["name"] = "${oc.env:HOME}"
-    assert "PolicyError" in declined(site.told(config))
+    assert "RefusedRequestError" in declined(site.told(config))
 
 
 def overridden(site: SiteClient, overrides: str) -> str:
@@ -271,17 +279,36 @@ def overridden(site: SiteClient, overrides: str) -> str:
     return site.worker.answer(request, b"")[0].reason
 
 
-def test_overrides_choose_among_what_the_site_has_installed(tmp_path: Path) -> None:
-    site = SiteClient(tmp_path / "site", OPEN_POLICY)
+def test_a_site_composes_no_overrides_however_they_are_written(tmp_path: Path) -> None:
+    site, touched = SiteClient(tmp_path / "site", OPEN_POLICY), tmp_path / "touched"
     (tmp_path / "conf").mkdir()
-    assert overridden(site, "strategy=fedprox rounds=5") == ""
-    for beyond in (
-        f"--config-dir={tmp_path}/conf rounds=1",
-        "task._target_=os.system",
-        "name=${oc.env:HOME}",
-        f"hydra.searchpath=[file://{tmp_path}]",
+    (tmp_path / "config.yaml").write_text(to_json(compose_config(list(BASE))))
+    called = f"fl_app.engines.compose._called,command:[touch,{touched}]"
+    for overrides in (
+        "rounds=5",
+        f"--config-dir={tmp_path}/conf",
+        f"-cd {tmp_path}/conf",
+        f"resume={tmp_path}",
+        f"~task '+task={{_tar''get_:{called}}}'",
+        f"~task +task={{_tar\\get_:{called}}}",
+        "name=$'{oc.env:HOME}'",
     ):
-        assert "PolicyError" in overridden(site, beyond)
+        for config in ("", to_json(compose_config(list(BASE)))):
+            request = Request(
+                kind=Kind.QUERY,
+                config_json=config,
+                overrides=overrides,
+                node=site.node,
+                patience_s=60.0,
+            )
+            assert "RefusedRequestError" in site.worker.answer(request, b"")[0].reason
+    assert not touched.exists()
+
+
+def test_arguments_without_names_are_refused(tmp_path: Path) -> None:
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    config["task"]["_args_"] = ["/etc/passwd"]
+    assert "RefusedRequestError" in declined(site.told(to_json(config)))
 
 
 def test_no_module_is_imported_because_a_server_names_it(
@@ -291,7 +318,7 @@ def test_no_module_is_imported_because_a_server_names_it(
     monkeypatch.syspath_prepend(tmp_path)
     site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
     config["task"] = {"_target_": "planted.Task"}
-    assert "PolicyError" in declined(site.told(config))
+    assert "RefusedRequestError" in declined(site.told(config))
     assert not (tmp_path / "touched").exists()
     site.write(OPEN_POLICY + "code: [planted]\n")
     site.told(config)
@@ -312,36 +339,91 @@ def test_what_an_allowed_module_imports_is_not_allowed_by_that(
     assert not site.told(config).has_error()
     for beyond in ("ward7.system", "ward7.digits.Digits", "ward7.digits"):
         config["task"]["_target_"] = beyond
-        assert "PolicyError" in declined(site.told(config))
-        assert f"task._target_={beyond} is not code that a server may name" in caplog.text
+        assert "RefusedRequestError" in declined(site.told(config))
+        assert f"task._target_={beyond!r} is not code that a server may name" in caplog.text
 
 
 # Records of its own ------------------------------------------------------------------------------
 
 TABLE = ("task=table", "task.inputs=3", "partition.num_clients=2", "client.epochs=1")
+MEANING = "task: {target: target, inputs: 3, classes: 2}\n"
+
+
+def tabled(folder: Path, records: int, *, meaning: str = MEANING, **worker: Any) -> SiteClient:
+    folder.mkdir(mode=0o700)
+    own = table(folder / "own.csv", records)
+    return SiteClient(folder, OPEN_POLICY + f"data: {own}\n" + meaning, **worker)
+
+
+def asking(folder: Path, *overrides: str) -> tuple[dict[str, Any], Params]:
+    """Return what a server with a table of its own sends."""
+    theirs = table(folder / "theirs.csv", 400)
+    given = [*TABLE, f"task.path={theirs}", *overrides]
+    return compose_config(given), initial(*TABLE, f"task.path={theirs}")
 
 
 def test_a_site_trains_on_its_own_file_whichever_one_a_server_names(tmp_path: Path) -> None:
-    policy = OPEN_POLICY + f"data: {table(tmp_path / 'own.csv', 40)}\n"
-    site = SiteClient(tmp_path / "site", policy, name="ward-7")
-    theirs = table(tmp_path / "theirs.csv", 400)
-    config = compose_config([*TABLE, f"task.path={theirs}"])
-    params = initial(*TABLE, f"task.path={theirs}")
+    site = tabled(tmp_path / "site", 40, name="ward-7")
+    config, params = asking(tmp_path)
     update = codec.decode_update(site.told(config, params=params), "ward-7")
     assert update.num_examples == 32
     assert update.evaluation is not None and update.evaluation.num_examples == 8
     assert codec.decode_description(site.told(config, kind="query")).client == "ward-7"
 
 
+def test_how_a_sites_records_are_split_is_never_the_servers_to_say(tmp_path: Path) -> None:
+    site = tabled(tmp_path / "site", 40, meaning=MEANING + "test_fraction: 0.25\n")
+    told, (_, params) = [], asking(tmp_path)
+    for overrides in (["seed=1"], ["seed=2", "partition.test_fraction=0.9"]):
+        config, _ = asking(tmp_path, *overrides)
+        told.append(codec.decode_evaluation(site.told(config, kind="evaluate", params=params)))
+    assert told[0] == told[1]
+    assert told[0].num_examples == 10
+
+
+@pytest.mark.parametrize("key", ["target=x0", "classes=9", "inputs=2"])
+def test_what_a_sites_columns_mean_is_never_the_servers_to_say(tmp_path: Path, key: str) -> None:
+    site = tabled(tmp_path / "site", 40)
+    config, params = asking(tmp_path)
+    right = site.told(config, params=params)
+    name, _, value = key.partition("=")
+    config["task"][name] = value if name == "target" else int(value)
+    asked = site.told(config, params=params)
+    assert dict(asked.content["metrics"]) == dict(right.content["metrics"])
+
+
+def test_an_owner_who_does_not_say_what_columns_mean_is_told_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = tabled(tmp_path / "site", 40, meaning="")
+    config, params = asking(tmp_path)
+    assert "PolicyError" in declined(site.told(config, params=params))
+    assert "its owner has to add task: {target: ..., inputs: ..., classes: ...}" in caplog.text
+
+
+def test_records_that_are_taken_out_of_the_file_are_trained_on_no_more(tmp_path: Path) -> None:
+    site = tabled(tmp_path / "site", 40)
+    config, params = asking(tmp_path)
+    assert codec.decode_update(site.told(config, params=params), "site").num_examples == 32
+    table(tmp_path / "site" / "own.csv", 20)
+    assert codec.decode_update(site.told(config, params=params), "site").num_examples == 16
+
+
 def test_which_file_is_read_is_never_the_servers_to_say(tmp_path: Path) -> None:
     site = SiteClient(tmp_path / "site", OPEN_POLICY)
-    config = compose_config([*TABLE, f"task.path={table(tmp_path / 'theirs.csv', 40)}"])
+    config, _ = asking(tmp_path)
     assert "PolicyError" in declined(site.told(config, params={}))
 
 
 def test_a_task_with_records_of_its_own_is_not_what_a_site_with_data_trains(tmp_path: Path) -> None:
-    policy = OPEN_POLICY + f"data: {table(tmp_path / 'own.csv', 40)}\n"
-    assert "PolicyError" in declined(SiteClient(tmp_path / "site", policy).asked())
+    assert "PolicyError" in declined(tabled(tmp_path / "site", 40).asked())
+
+
+def test_a_task_cannot_be_called_what_the_owner_allows(tmp_path: Path) -> None:
+    site = tabled(tmp_path / "site", 40, meaning=MEANING + "tasks: [ecg]\n")
+    config, params = asking(tmp_path)
+    config["task"]["name"] = "ecg"
+    assert site.told(to_json(config), params=params).has_error()
 
 
 # What is told ------------------------------------------------------------------------------------
@@ -372,6 +454,46 @@ def test_versions_that_differ_in_more_than_the_last_number_are_named(tmp_path: P
     reason = failed(site.told(config, version="0.2.0"))
     assert "the server runs fl-app 0.2.0 and this site 0.1." in reason
     assert "upgrade the older one" in reason
+
+
+@pytest.mark.parametrize("value", ["one", 1.5, True, [1, 2], 0, -1, 10**12])
+def test_a_round_that_is_no_number_never_reaches_the_ledger(tmp_path: Path, value: Any) -> None:
+    site = private(tmp_path / "site")
+    config = settled(compose_config([*BASE, *PRIVATE]))
+    assert site.told(config, round=value).has_error()
+    assert not site.ledger.exists()
+    assert not site.told(config).has_error()
+    Ledger(site.ledger).verify()
+
+
+def test_what_a_server_writes_is_one_short_line_of_a_sites_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site, config = SiteClient(tmp_path / "site", OPEN_POLICY), compose_config(list(BASE))
+    config["task"] = {"_target_": "x\n2026-11-23 all is well" + "y" * 100_000}
+    site.told(to_json(config))
+    config["task"] = {"a\nforged" * 1000: 1, "_target_": "fl_app.tasks.digits.Digits"}
+    site.told(to_json(config))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines
+    assert all("\n" not in line and len(line) < 1100 for line in lines)
+
+
+def test_a_site_forgets_what_it_remembers_of_runs_long_gone(tmp_path: Path) -> None:
+    for number in range(15):
+        (tmp_path / f"run{number}" / "0").mkdir(parents=True)
+        os.utime(tmp_path / f"run{number}", (number, number))
+    forget_runs(tmp_path, keep=10)
+    assert {path.name for path in tmp_path.iterdir()} == {f"run{n}" for n in range(5, 15)}
+
+
+def test_no_message_takes_longer_than_the_site_allows(tmp_path: Path) -> None:
+    site = SiteClient(tmp_path / "site", OPEN_POLICY, most_round_s=0.5)
+    began = time.monotonic()
+    answer = site.asked("client.epochs=1000000", patience_s=3600.0)
+    kind, _ = failure_of(answer)  # type: ignore[misc]
+    assert kind is FailureKind.TIMEOUT
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("body", [b"\x00" * 100, b"\x0a\xff\xff\xff\xff\x7f", b"{}"])

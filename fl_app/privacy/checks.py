@@ -6,6 +6,10 @@ import math
 
 from fl_app.types import ConfigError
 
+LEAST_BOUND = 1e-12
+"""Least norm to which single precision is clipped: far from its denormal numbers, of which a bound
+would be a few units in the last place, and what rounding adds to a norm no small part of it."""
+
 
 def check_noise_and_target(
     noise_multiplier: float | None, target_epsilon: float | None, planned_rounds: int | None
@@ -36,9 +40,10 @@ def check_bound(max_norm: float) -> None:
     Raises:
         ConfigError: As said.
     """
-    if not 0 < max_norm < math.inf:
+    if not LEAST_BOUND <= max_norm < math.inf:
         raise ConfigError(
-            f"privacy.max_norm={max_norm} must be > 0 and finite: noise is in proportion to it."
+            f"privacy.max_norm={max_norm} must be finite and >= {LEAST_BOUND:g}: noise is in "
+            "proportion to it, and below that rounding makes updates longer than it."
         )
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fl_app.privacy.checks import LEAST_BOUND
 from fl_app.types import ConfigError
 
 
@@ -33,7 +34,7 @@ class DpSgd:
     Attributes:
         noise_multiplier: Standard deviation of the noise over ``max_grad_norm`` (sigma), >= 0; 0
             is for tests and promises nothing.
-        max_grad_norm: L2 bound C on each record's gradient, > 0.
+        max_grad_norm: L2 bound C on each record's gradient, >= `LEAST_BOUND`.
         expected_batch_size: What the noisy sum is divided by, > 0; not the size that a batch
             happens to have, which is private.
         gradients: One of `GradientMode`.
@@ -53,8 +54,11 @@ class DpSgd:
                 f"privacy.gradients={self.gradients} is not known: choose one of "
                 f"{', '.join(GradientMode)}."
             )
-        if not 0 < self.max_grad_norm < math.inf:
-            raise ConfigError(f"privacy.max_grad_norm={self.max_grad_norm} must be > 0 and finite.")
+        if not LEAST_BOUND <= self.max_grad_norm < math.inf:
+            raise ConfigError(
+                f"privacy.max_grad_norm={self.max_grad_norm} must be finite and >= "
+                f"{LEAST_BOUND:g}, below which rounding makes gradients longer than it."
+            )
         if self.max_physical_batch is not None and self.max_physical_batch < 1:
             raise ConfigError(
                 f"privacy.max_physical_batch={self.max_physical_batch} must be >= 1, or null."

@@ -33,6 +33,9 @@ from fl_app.types import ClientId, FlAppError, PrivacyUnit
 
 log = logging.getLogger(__name__)
 
+MOST_NOISE = 1000.0
+"""Noise multiplier above which a request can only be meant to do harm: it costs next to nothing."""
+
 _ANY_NUMBER = 10**9
 """Applications beyond which nobody counts."""
 
@@ -159,6 +162,11 @@ class LedgerGuard:
             )
         if foreign := self._foreign_task(request):
             return foreign
+        if request.event.noise_multiplier > MOST_NOISE:
+            return PolicyError(
+                f"{who} declines a noise multiplier of {request.event.noise_multiplier:g}: above "
+                f"{MOST_NOISE:g} nothing is learnt, and its account fills with rounds of no use."
+            )
         if request.event.noise_multiplier < terms.least_noise_multiplier:
             return PolicyError(
                 f"{who} wants a noise multiplier of at least {terms.least_noise_multiplier:g}, not "

@@ -65,6 +65,11 @@ class Charge:
     round: int
     event: GaussianEvent
 
+    def __post_init__(self) -> None:
+        # What is sealed must be readable again: a line that is not would close the whole ledger.
+        if type(self.round) is not int or self.round < 1 or not isinstance(self.run, str):
+            raise ValueError(f"round={self.round!r} of run={self.run!r} cannot be charged")
+
     def fields(self) -> dict[str, Any]:
         """Return what a line of a ledger says of it, in the order in which lines are sealed."""
         return {

@@ -13,6 +13,9 @@ consent: true               # false: the site answers nothing but that it does n
 hours: "00:00-24:00"        # when it takes part, by this machine's clock; "20:00-06:00" is nights
 tasks: [ecg]                # tasks that may use the records; empty or left out: any
 data: records.csv           # the records, beside this file or elsewhere; left out: the task's own
+task: {}                    # what they mean; for task=table {target: sick, inputs: 30, classes: 2}
+test_fraction: 0.2          # share of them kept for measuring; the same records in every run
+validation_fraction: 0.0    # share kept for early stopping
 code: []                    # modules whose own classes a configuration may name, as ward7.tasks
 accountant: rdp             # or pld or prv, for one fixed mechanism
 least_noise_multiplier: 0.0 # noise below which nothing is trained, whatever the budget
@@ -29,6 +32,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import time
 from pathlib import Path
@@ -120,6 +124,7 @@ class Policy:
         unit: None for any, training without privacy included.
         ledger: Absolute path; with epsilon and delta None where ``unit`` is none.
         data: Absolute path of the records, or None for those that the task brings.
+        task: Keys of the task that are the owner's to say, whatever a server says.
         records: Number of training records, a `fingerprint` of them, or None.
     """
 
@@ -132,6 +137,9 @@ class Policy:
     consent: bool = True
     hours: Hours = field(default_factory=lambda: Hours(0, 24 * 60))
     data: Path | None = None
+    task: Mapping[str, str | int | float | bool] = field(default_factory=dict, hash=False)
+    test_fraction: float = 0.2
+    validation_fraction: float = 0.0
     code: tuple[str, ...] = ()
     accountant: str = "rdp"
     tasks: tuple[str, ...] = ()
@@ -156,6 +164,12 @@ class Policy:
                 )
             if hides and not given:
                 raise ConfigError(f"{key} is missing: unit={self.unit or 'any'} is counted by it.")
+        shares = self.test_fraction, self.validation_fraction
+        if not (min(shares) >= 0 and sum(shares) < 1):
+            raise ConfigError(
+                f"test_fraction={shares[0]} and validation_fraction={shares[1]} must be >= 0 and "
+                "add up to less than 1: nothing is left to train on."
+            )
         if not 0 <= self.clock_tolerance_s < math.inf:
             raise ConfigError(f"clock_tolerance_s={self.clock_tolerance_s} must be >= 0 seconds.")
         if isinstance(self.records, str) and not _FINGERPRINT.fullmatch(self.records):

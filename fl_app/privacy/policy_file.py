@@ -99,7 +99,19 @@ def _checked(content: Any, *, folder: Path) -> dict[str, Any]:
 def _value(name: str, value: Any, folder: Path) -> Any:
     """Return one entry as `Policy` wants it."""
     match name:
-        case "epsilon" | "delta" | "least_noise_multiplier" | "clock_tolerance_s":
+        case "task":
+            plain = (str, int, float, bool)
+            if isinstance(value, Mapping) and all(isinstance(v, plain) for v in value.values()):
+                return {str(key): entry for key, entry in value.items()}
+            raise ConfigError(f"{name}={value} must be keys with one value each.")
+        case (
+            "epsilon"
+            | "delta"
+            | "least_noise_multiplier"
+            | "clock_tolerance_s"
+            | "test_fraction"
+            | "validation_fraction"
+        ):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return float(value)
             raise ConfigError(f"{name}={value} must be a number.")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +21,26 @@ from fl_app.types import ConfigError, Examples
 class Table:
     """Classes of vectors of numbers, read from a file; satisfies `fl_app.tasks.base.PooledTask`.
 
+    At a deployed site `SITE_KEYS`, which say what the columns mean, are the owner's to say.
+
     Attributes:
         path: The file; see `read_table`. At a deployed site its owner's policy says which.
         target: Name of the column with the class numbers 0, 1, ...
         inputs: Columns besides that one, >= 1.
         classes: Number of classes, >= 2.
         hidden: Width of the model's hidden layer, or 0 for a linear model.
-        name: Short name, for the records.
         test_fraction: Share of the records held out for the server, in [0, 1).
         extra_metrics: Further figures by name.
     """
+
+    name: ClassVar[str] = "table"
+    SITE_KEYS: ClassVar[tuple[str, ...]] = ("target", "inputs", "classes")
 
     path: str | None = None
     target: str = "target"
     inputs: int = 30
     classes: int = 2
     hidden: int = 0
-    name: str = "table"
     test_fraction: float = 0.2
     extra_metrics: Mapping[str, classification.Metric] = field(default_factory=dict)
 

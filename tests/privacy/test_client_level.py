@@ -292,7 +292,7 @@ def test_without_noise_there_is_no_price() -> None:
         ({"planned_rounds": 0}, "privacy.planned_rounds=0"),
         ({"delta": 0.0}, "privacy.delta=0.0"),
         ({"delta": 1.0}, "privacy.delta=1.0"),
-        ({"max_norm": 0.0}, "privacy.max_norm=0.0 must be > 0"),
+        ({"max_norm": 0.0}, "privacy.max_norm=0.0 must be finite and >= 1e-12"),
         ({"max_norm": -1.0}, "privacy.max_norm=-1.0"),
         ({"max_norm": math.inf}, "privacy.max_norm=inf"),
         ({"target_quantile": 0.0}, "privacy.target_quantile=0.0"),
