@@ -68,6 +68,7 @@ def test_a_run_cut_at_any_round_and_resumed_equals_the_uninterrupted_one(
     assert summary_of(cut)["resumed_from_round"] == stop_after // 3 * 3
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_instants_ends_like_the_uninterrupted_one(tmp_path: Path) -> None:
     reference = play(tmp_path / "whole", *RECIPE, "rounds=60", tiny=False)
     run_dir = tmp_path / "killed"

@@ -491,7 +491,7 @@ def test_nodes_that_do_not_say_who_they_are_are_no_clients(caplog) -> None:
         n6=lambda m: None,
     )
     with caplog.at_level(logging.WARNING):
-        assert known(QueryDirectory(grid)) == {"a": 1}
+        assert known(QueryDirectory(grid, timeout_s=0.3)) == {"a": 1}
     assert [f"Node {n} does not say" in caplog.text for n in range(1, 7)] == [
         *(False, True, True, True, True, False)
     ]
