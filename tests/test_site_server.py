@@ -216,23 +216,40 @@ def test_a_flood_of_connections_is_turned_away_and_passes(
             peer.close()
 
 
-def test_no_more_than_one_announced_body_is_read_at_a_time(
+def test_no_more_than_one_announced_body_is_read_at_a_time(path: Path) -> None:
+    head, size = header(), 8 << 20  # more than a socket buffers
+    announced = PREFIX.pack(b"FLAP", 1, len(head), size) + head
+    with (
+        serving(path, most_body_bytes=size),
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as eager,
+    ):
+        silent.connect(str(path))
+        silent.sendall(announced)
+        time.sleep(0.2)
+        eager.connect(str(path))
+        eager.settimeout(0.5)
+        eager.sendall(announced)
+        with pytest.raises(TimeoutError):
+            eager.sendall(bytes(size))  # nobody reads it
+        assert asked(path, request=HEALTH)[0] == Reply()
+        silent.close()
+        eager.close()
+        assert asked(path, b"next") == (Reply(), b"next")
+
+
+def test_who_announces_and_sends_nothing_is_waited_for_no_longer_than_a_silence(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fl_app.site_server._HEADER_S", 1.0)
+    monkeypatch.setattr("fl_app.site_server.SILENCE_S", 0.3)
     head = header()
-    announced = PREFIX.pack(b"FLAP", 1, len(head), 1 << 20) + head
-    with serving(path):
-        peers = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(4)]
-        for peer in peers:
-            peer.connect(str(path))
-            peer.sendall(announced)
+    with serving(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.connect(str(path))
+        silent.sendall(PREFIX.pack(b"FLAP", 1, len(head), 1 << 20) + head)
+        time.sleep(0.1)
         began = time.monotonic()
-        assert asked(path, b"", request=HEALTH)[0] == Reply()
-        assert time.monotonic() - began < 1.0
-        for peer in peers:
-            peer.close()
         assert asked(path, b"next") == (Reply(), b"next")
+        assert time.monotonic() - began < 3.0
 
 
 # Starting ----------------------------------------------------------------------------------------
