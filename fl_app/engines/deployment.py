@@ -87,7 +87,7 @@ class DeploymentEngine:
             )
             raise ConfigError(
                 f"engine.gpu=true is for the clients of docker-compose.yml with TLS, and "
-                f"engine.{other} asks for others: leave one out."
+                f"{other} asks for others: leave one out."
             )
         if self.clients < 1:
             raise ConfigError(f"engine.clients={self.clients} must be >= 1.")
@@ -213,13 +213,15 @@ def _stopped_with(flwr: FlowerCommand, folder: object) -> Generator[None, None, 
     try:
         yield
     except KeyboardInterrupt:
-        begun = flwr.run_id is not None
-        if begun:
-            log.warning("Stopping run %s.", flwr.run_id)
-            with suppress(SuperLinkError):
-                flwr.stop()
-        raise InterruptedRunError(
-            f"interrupted; the run goes on with: fl-app run resume={folder}"
-            if begun
-            else "interrupted before the run began."
-        ) from None
+        if flwr.run_id is None:
+            raise InterruptedRunError("interrupted before the run began.") from None
+        log.warning("Stopping run %s.", flwr.run_id)
+        goes_on = f"the run goes on with: fl-app run resume={folder}"
+        try:
+            flwr.stop()
+        except SuperLinkError as error:
+            raise InterruptedRunError(
+                f"interrupted, but run {flwr.run_id} was not stopped at {flwr.address} ({error}): "
+                f"it may still be going on. Once it has ended, {goes_on}"
+            ) from error
+        raise InterruptedRunError(f"interrupted; {goes_on}") from None

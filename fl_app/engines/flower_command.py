@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +37,12 @@ CONNECTION = "federation"
 
 POLL_S = 1.0
 """Seconds between two looks at a run whose log has ended, or cannot be had."""
+
+ANSWER_S = 60.0
+"""Seconds that a question may take, the start of the command included."""
+
+SILENT_S = 600.0
+"""Seconds without a line after which a log is asked for anew: its link may be dead."""
 
 _LAST_LINES = 15
 
@@ -161,13 +169,22 @@ class FlowerCommand:
             start_new_session=True,
         )
 
-    def answer(self, *arguments: str) -> dict[str, Any]:
+    def answer(self, *arguments: str, timeout_s: float = ANSWER_S) -> dict[str, Any]:
         """Return what ``flwr <arguments>`` answers.
 
         Raises:
-            SuperLinkError: It is no answer, or says that it failed.
+            SuperLinkError: It is no answer, came too late, or says that it failed.
         """
-        printed, _ = self.start(*arguments, "--format", "json").communicate()
+        process = self.start(*arguments, "--format", "json")
+        with process:
+            try:
+                printed, _ = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise SuperLinkError(
+                    f"flwr {arguments[0]}: no answer in {timeout_s:.0f} s"
+                ) from error
+            finally:
+                _kill(process)
         told: dict[str, Any] = {}
         with suppress(ValueError):
             told = json.loads(printed[printed.find("{") :])
@@ -253,9 +270,13 @@ class FlowerCommand:
             raise SuperLinkError(f"flwr ls knows nothing of run {self.run_id}.") from error
 
     def stop(self) -> None:
-        """Have the run ended, if it has begun; whatever comes of that."""
+        """Have the run ended, if it has begun.
+
+        Raises:
+            SuperLinkError: It was not, as far as can be told.
+        """
         if self.run_id is not None:
-            self.start("stop", self.run_id, CONNECTION).communicate()
+            self.answer("stop", self.run_id, CONNECTION)
 
 
 def judge(ended: Ended, what: str) -> Mapping[str, str]:
@@ -340,10 +361,34 @@ class _Shown:
             typer.echo(line.rstrip(), err=True)
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    """Yield what a process prints until it ends; it ends with whoever stops asking."""
+def _lines(process: subprocess.Popen[str], *, silent_s: float = SILENT_S) -> Iterator[str]:
+    """Yield what a process prints until it ends; it ends with whoever stops asking.
+
+    It is ended, too, once it has printed nothing for some time.
+    """
+    ended, heard_at = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not ended.wait(max(0.0, heard_at + silent_s - time.monotonic())):
+            if time.monotonic() - heard_at >= silent_s:
+                _kill(process)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
     with process:
+        watcher.start()
         try:
-            yield from process.stdout or ()
+            for line in process.stdout or ():
+                heard_at = time.monotonic()
+                yield line
         finally:
-            process.kill()
+            ended.set()
+            watcher.join()
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a process that `FlowerCommand.start` has started, and all that it started."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -8,7 +8,7 @@ import ssl
 import time
 from pathlib import Path
 
-from fl_app.engines.flower_command import CONNECTION, FlowerCommand
+from fl_app.engines.flower_command import ANSWER_S, CONNECTION, FlowerCommand
 from fl_app.types import ConfigError, EmptyCohortError
 
 TIMEOUT_S = 10.0
@@ -122,7 +122,10 @@ def wait_for_supernodes(flwr: FlowerCommand, *, patience_s: float) -> int:
     """
     deadline = time.monotonic() + patience_s
     while True:
-        nodes = flwr.answer("supernode", "ls", CONNECTION).get("nodes", [])
+        # The last look may begin at the deadline, and needs its own time.
+        left_s = min(ANSWER_S, max(TIMEOUT_S, deadline - time.monotonic()))
+        told = flwr.answer("supernode", "ls", CONNECTION, timeout_s=left_s)
+        nodes = told.get("nodes", [])
         online = [node for node in nodes if node.get("status") == "online"]
         if online:
             return len(online)

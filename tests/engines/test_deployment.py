@@ -48,8 +48,8 @@ RUN = ("run", "experiment=federation", "task/model=logistic")
         ({"port": 0}, "engine.port=0 must lie in"),
         ({"start_s": 0.0}, "engine.start_s=0.0 must be > 0"),
         ({"start_s": float("inf")}, "engine.start_s=inf must be > 0"),
-        ({"gpu": True, "superlink": "a:1"}, "engine.superlink=a:1 asks for others"),
-        ({"gpu": True, "insecure": True}, "engine.insecure=true asks for others"),
+        ({"gpu": True, "superlink": "a:1"}, "and engine.superlink=a:1 asks for others"),
+        ({"gpu": True, "insecure": True}, "and engine.insecure=true asks for others"),
     ],
 )
 def test_a_bad_value_is_named_with_its_rule(fields: dict, words: str) -> None:
