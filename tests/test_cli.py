@@ -160,6 +160,7 @@ def test_a_broken_yaml_of_ones_own_is_one_message(
         assert "cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_hydras_flags_pass_through(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "short.yaml").write_text(
@@ -188,6 +189,7 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     assert list((tmp_path / "there").rglob("summary.json"))
 
 
+@pytest.mark.slow
 def test_a_users_task_that_breaks_is_answered_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from dataclasses import dataclass\n"

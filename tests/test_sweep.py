@@ -199,6 +199,7 @@ def test_a_sweep_may_be_asked_for_by_hydras_own_key(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path / "s")) == 2
 
 
+@pytest.mark.slow
 def test_sweepers_are_told_accuracy_or_nan_of_a_member_that_failed(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from pathlib import Path\n"

@@ -163,6 +163,7 @@ def test_no_process_outlives_its_lanes() -> None:
     assert time.monotonic() - began < 5.0
 
 
+@pytest.mark.slow
 def test_a_model_that_keeps_a_core_busy_is_trained_one_by_one_in_several_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

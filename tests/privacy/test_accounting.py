@@ -79,6 +79,7 @@ def test_the_divergence_is_its_integral(noise_multiplier, sample_rate) -> None:
         assert divergences[ORDERS.index(order)] == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
+@pytest.mark.slow
 @FEW
 @given(st.lists(EVENTS, min_size=1, max_size=3))
 def test_epsilon_is_opacus_and_no_more_than_googles(events) -> None:

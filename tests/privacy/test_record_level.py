@@ -448,6 +448,7 @@ def test_fix_replaces_such_layers_and_says_which() -> None:
     check_privacy(components.privacy, fixed.build_model(), components.data, components.training)
 
 
+@pytest.mark.slow
 def test_a_client_of_five_records_and_one_of_hundreds_take_part_alike(tmp_path) -> None:
     run = play(
         tmp_path / "run",
