@@ -37,6 +37,7 @@ from fl_app.private_preflight import FixedTask, check_ghost, check_privacy
 from fl_app.selection import Selector, planned_rounds
 from fl_app.stopping import Progress, Stopping
 from fl_app.tasks.base import Task
+from fl_app.tasks.partition import OneOwner
 from fl_app.training import LocalTraining, evaluate
 from fl_app.types import ConfigError, FederatedData, PrivacyUnit
 from fl_app.validation import UpdateChecks
@@ -110,20 +111,22 @@ def build(config_json: str) -> Components:
             f"client_app.app={components.client_app.app}: choose client/attack=none."
         )
     check_optimizer("client.optimizer", components.training.optimizer)
-    check_selector(components.selector, data.clients, seed=seed)
-    wanted = components.selector.wanted(len(data.clients))
+    # One owner's records at its own site: whom a round asks, and how many, is the server's affair.
+    alone = isinstance(partition, OneOwner)
+    if not alone:
+        check_selector(components.selector, data.clients, seed=seed)
     model = check_task(task, data)
-    params = read_params(model)
-    if isinstance(components.algorithm, Composition):
+    if isinstance(components.algorithm, Composition) and not alone:
+        wanted = components.selector.wanted(len(data.clients))
         check_optimizer("strategy.server_optimizer", components.algorithm.server_optimizer)
         check_cohort(components.algorithm.aggregation, wanted)
-        check_aggregation(components.algorithm.aggregation, params, wanted)
+        check_aggregation(components.algorithm.aggregation, read_params(model), wanted)
     components = _with_plan(components, rounds=config["rounds"])
     check_privacy(components.privacy, model, data, components.training)
     if getattr(components.privacy, "gradients", None) == "ghost":
         probe = data.held_out or data.examples_of(data.clients[0]).train
         check_ghost(task.build_model(), task.losses, probe)
-    if isinstance(components.privacy, ClientLevel):
+    if isinstance(components.privacy, ClientLevel) and not alone:
         return _with_release(components, model, rounds=config["rounds"])
     return components
 

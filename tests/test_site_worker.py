@@ -371,6 +371,24 @@ def test_a_site_trains_on_its_own_file_whichever_one_a_server_names(tmp_path: Pa
     assert codec.decode_description(site.told(config, kind="query")).client == "ward-7"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=federation"],
+        ["strategy=multikrum", "strategy.aggregation.num_malicious=0"],
+        ["privacy=client", "selection=poisson", "strategy=fedavg", "privacy.planned_rounds=3"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_site_with_its_own_file_is_one_of_however_many_a_round_asks(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    site = tabled(tmp_path / "site", 40, name="ward-7")
+    config, _ = asking(tmp_path, *overrides, "partition.num_clients=5", "selection.min_clients=5")
+    described = codec.decode_description(site.told(config, kind="query"))
+    assert described.client == "ward-7"
+
+
 def test_how_a_sites_records_are_split_is_never_the_servers_to_say(tmp_path: Path) -> None:
     site = tabled(tmp_path / "site", 40, meaning=MEANING + "test_fraction: 0.25\n")
     told, (_, params) = [], asking(tmp_path)
