@@ -25,6 +25,9 @@ ENGINE_S = 1500
 UID = 1000
 """Who writes the run's folder: somebody that the image knows nothing of, and not root."""
 
+SITE_UID = 10002
+"""Who alone may read a site's records and policy, in the image."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DockerEngine:

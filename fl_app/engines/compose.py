@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -95,11 +96,12 @@ class ComposeFederation:
             "output_url": OUTPUTS,
         }
         compose = replace(compose, environment=self._environment(root, sent, launched_at))
+        name = f"{self.project}-run-{secrets.token_hex(4)}"
         begun = False
         try:
-            with self._up(compose):
+            with self._up(compose, name):
                 begun = True
-                return self._played(compose, here)
+                return self._played(compose, here, name)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"interrupted; a run that has begun goes on with: fl-app run resume={here}"
@@ -139,18 +141,27 @@ class ComposeFederation:
         }
 
     @contextmanager
-    def _up(self, compose: _Compose) -> Generator[None, None, None]:
-        """Have the federation up in the block; down after it, even if this process is killed."""
-        down = [*compose.command, "down", "--timeout", "10"]
-        taker = None if self.keep_up else _taken_down_by(down, compose.environment)
+    def _up(self, compose: _Compose, name: str) -> Generator[None, None, None]:
+        """Have the federation up in the block; down after it, even if this process is killed.
+
+        Compose takes down no container that one of its ``run`` commands has started, and leaves
+        it behind when that is killed; so it has a name. Where the federation stays up, it is told
+        to stop its run, if it is still there.
+        """
+        if self.keep_up:
+            last = ['docker kill --signal INT "$0" && docker wait "$0"', name]
+        else:
+            down = [*compose.command, "down", "--timeout", "10"]
+            last = ['docker rm --force "$0"; exec "$@"', name, *down]
+        taker = _done_at_the_end(["sh", "-c", *last], compose.environment)
         try:
             yield
         finally:
-            if taker is not None:
+            if not self.keep_up:
                 log.info("Taking the federation down.")
-                end(taker)
+            end(taker)
 
-    def _played(self, compose: _Compose, here: Path) -> Path:
+    def _played(self, compose: _Compose, here: Path, name: str) -> Path:
         """Have the ``run`` service bring up whatever it depends on, and play the run."""
         image = os.environ.get("FL_APP_IMAGE") or IMAGE
         if _called(["docker", "image", "inspect", image]).returncode:
@@ -162,7 +173,7 @@ class ComposeFederation:
         service = f"run-{self.profile}" if self.profile else "run"
         heard = Heard()
         lines, code = compose.shown(
-            *("run", "--rm", "-T", service), heard=heard, patience_s=self.start_s
+            *("run", "--rm", "--name", name, "-T", service), heard=heard, patience_s=self.start_s
         )
         if code is None:
             raise ComposeError(
@@ -354,10 +365,12 @@ def _check_writable(root: Path) -> None:
         ) from error
 
 
-def _taken_down_by(down: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _done_at_the_end(
+    command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     """Start what runs a command once its stdin is closed, which the end of this process does."""
     return subprocess.Popen(
-        [sys.executable, "-m", "fl_app.engines.afterwards", *down],
+        [sys.executable, "-m", "fl_app.engines.afterwards", *command],
         env={**environment, "CONFIG_JSON": json.dumps({})},
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,9 +13,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from docker_federation import UID, Containers, DockerEngine, docker, docker_engine, federation
+from docker_federation import (
+    SITE_UID,
+    UID,
+    Containers,
+    DockerEngine,
+    docker,
+    docker_engine,
+    federation,
+)
 from flower_process import free_port
-from helpers import REPOSITORY, rounds_of, summary_of
+from helpers import REPOSITORY, fl_app, rounds_of, summary_of
+
+from fl_app.deployment.certificates import make_node
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -34,6 +46,18 @@ NOT_FLEET = [
     ["GET", "/docs"],
     ["GET", "/openapi.json"],
 ]
+POLICY = """
+version: 1
+data_set: ward-{site}
+unit: record
+epsilon: 3.0
+delta: 1e-5
+ledger: /srv/ledger/ledger.jsonl
+data: /srv/data/records.csv
+tasks: [table]
+task: {{target: target, inputs: 2, classes: 2}}
+"""
+LEDGER = ("cat", "/ledger/ledger.jsonl")
 COMMANDS = (["ls"], ["run"], ["stop", "1"])
 
 
@@ -246,6 +270,86 @@ def test_the_image_has_no_compiler_no_installer_and_another_user_than_root(
     assert shown.split("\n") == ["10001", "1 0 1", "None", ""]
     size = int(docker("image", "inspect", "--format", "{{.Size}}", engine.image))
     assert size < MOST_IMAGE_BYTES
+
+
+def test_a_site_is_registered_listed_and_revoked_for_good(
+    containers: Containers, tmp_path: Path
+) -> None:
+    make_node("ward-7", tmp_path)
+    operator = ["run", "--rm", "-T", "-v", f"{tmp_path / 'node.pub'}:/k.pub:ro", "register", "sh"]
+    there = ["superlink:8000", "/pki/ca.crt"]
+
+    def register() -> str:
+        return containers.compose(*operator, "/app/docker/register.sh", *there, "/k.pub")
+
+    def nodes(what: str, *more: str) -> str:
+        return containers.compose(*operator, "/app/docker/nodes.sh", what, *there, *more)
+
+    registered = re.search(r"registered /k\.pub as node (\d+)", register())
+    assert registered
+    assert f"{registered[1]} registered" in nodes("list")
+    assert nodes("revoke", registered[1]).strip() == f"revoked {registered[1]}"
+    # Every `up` registers all keys anew.
+    assert "registered before: /k.pub" in register()
+    assert f"{registered[1]} unregistered" in nodes("list")
+    with pytest.raises(AssertionError, match="was not revoked"):
+        nodes("revoke", registered[1])
+    there[0] = "superlink:1"
+    with pytest.raises(AssertionError, match="did not say"):
+        nodes("list")
+
+
+def test_one_command_in_an_empty_folder_trains_on_files_that_three_owners_have(
+    engine: DockerEngine, tmp_path: Path
+) -> None:
+    clone, here = tmp_path / "clone", tmp_path / "here"
+    (here / "shared").mkdir(parents=True)
+    clone.mkdir()
+    shutil.copy(REPOSITORY / "docker-compose.yml", clone)
+    _table(here / "shared" / "public_sample.csv", 100)
+    settings = [f"FL_APP_SHARED={here / 'shared'}", "TZ=Pacific/Kiritimati"]
+    for site in ("1", "2", "3"):
+        for folder in ("policy", "data"):
+            (tmp_path / site / folder).mkdir(parents=True)
+            settings.append(f"SITE_{site}_{folder.upper()}={tmp_path / site / folder}")
+        _table(tmp_path / site / "data" / "records.csv", 200)
+        policy = tmp_path / site / "policy" / "policy.yaml"
+        policy.write_text(POLICY.format(site=site))
+        policy.chmod(0o600)
+    (clone / ".env").write_text("\n".join(settings))
+    sites = [f"/here/{site}" for site in ("1", "2", "3")]
+    root = ["run", "--rm", "--user", "0:0", "--volume", f"{tmp_path}:/here", engine.image]
+    docker(*root, "chown", "-R", f"{SITE_UID}:{SITE_UID}", *sites)
+    with federation(engine, tmp_path / "none", port=free_port()) as containers:
+        began = time.monotonic()
+        done = fl_app(
+            *("run", "experiment=federation", "task=table", "task.path=shared/public_sample.csv"),
+            *("task.inputs=2", "privacy=record", "privacy.target_epsilon=2", "rounds=2"),
+            *(f"engine.compose_file={clone / 'docker-compose.yml'}",),
+            *(f"engine.project={containers.project}", f"engine.port={containers.port}"),
+            cwd=here,
+            extra={"FL_APP_IMAGE": engine.image},
+        )
+        assert done.returncode == 0, done.stderr
+        print(f"{time.monotonic() - began:.1f} s")
+        run = Path(done.stdout.split()[-1])
+        assert run.is_relative_to(here / "outputs")
+        assert {"summary.json", "report.html", "model.safetensors"} <= {
+            path.name for path in run.iterdir()
+        }
+        assert [len(row["cohort"]) for row in rounds_of(run)] == [3, 3]
+        assert summary_of(run)["failures"]["clients"] == 0, done.stderr
+        left = docker("ps", "-aq", "--filter", f"name={containers.project}")
+        assert not left, left
+        for site in ("1", "2", "3"):
+            ledger = ["--volume", f"{containers.project}_ledger-{site}:/ledger:ro"]
+            shown = docker("run", "--rm", *ledger, "--user", "0:0", engine.image, *LEDGER)
+            assert f"ward-{site}" in shown
+
+
+def _table(path: Path, records: int) -> None:
+    rows = [f"{n % 7 - 3},{n % 5 - 2},{n % 2}" for n in range(records)]
+    path.write_text("\n".join(["dose,marker,target", *rows]))
 
 
 def test_without_tls_and_keys_the_same_sites_play_on_one_trusted_machine(

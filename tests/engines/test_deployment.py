@@ -6,6 +6,7 @@ Whole federations are in tests/e2e.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import ssl
@@ -284,7 +285,9 @@ def test_a_run_is_played_by_its_service_and_the_federation_is_taken_down(tmp_pat
     assert said.splitlines()[-1] == "Error: rounds=0 must be >= 1."
     assert "fl-app-outcome" not in said
     told = calls.read_text().splitlines()
-    assert told[-2].endswith(" run --rm -T run")
+    played = re.search(r" run --rm --name (fl-app-run-\w+) -T run$", told[-3])
+    assert played
+    assert told[-2] == f"rm --force {played[1]}"  # no `down` takes that one along
     assert told[-1].endswith(" down --timeout 10")
     assert not any("volumes" in call or " -v" in call for call in told)
 
@@ -313,6 +316,21 @@ def test_a_federation_that_does_not_come_up_in_time_is_taken_down(tmp_path: Path
 def test_a_federation_that_is_to_stay_up_stays_up(tmp_path: Path) -> None:
     variables, calls = docker(tmp_path)
     composed(tmp_path, variables, "engine.keep_up=true").communicate(timeout=60)
+    assert " down" not in calls.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_is_stopped_though_its_federation_stays_up(
+    tmp_path: Path,
+) -> None:
+    variables, calls = docker(tmp_path)
+    process = composed(tmp_path, {**variables, "RUN_S": "600"}, "engine.keep_up=true")
+    wait_for_call(calls, " run ")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert "goes on with: fl-app run resume=" in said
+    told = calls.read_text().splitlines()
+    assert [call.rpartition(" ")[0] for call in told[-2:]] == ["kill --signal INT", "wait"]
     assert " down" not in calls.read_text()
 
 
