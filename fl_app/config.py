@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from fl_app.run_config import (
     CONFIG_NAME,
+    PLACE_KEYS,
     RunConfig,
     closest,
     conf_dir,
@@ -37,19 +38,7 @@ RESUMABLE_KEYS = (
     "checkpoint_keep",
     "fairness_clients",
     "progress",
-    "engine.workers",
-    "engine.cpus",
-    "engine.client_cpus",
-    "engine.client_gpus",
-    "engine.port",
-    "engine.superlink",
-    "engine.root_certificates",
-    "engine.insecure",
-    "engine.gpu",
-    "engine.compose_file",
-    "engine.project",
-    "engine.keep_up",
-    "engine.start_s",
+    *PLACE_KEYS,
 )
 """Keys that may be given anew when a run is resumed: they change nothing of what has been done."""
 

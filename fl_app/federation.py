@@ -6,13 +6,11 @@ their content are a contract; see README, "What a run leaves".
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import secrets
 import socket
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +24,7 @@ from fl_app.attacks import NoAttack
 from fl_app.checkpoint import Checkpoints
 from fl_app.components import Components, build, check_stopping, make_tracker, settled
 from fl_app.config import to_json, to_yaml
-from fl_app.files import write_atomically
+from fl_app.files import held, write_atomically
 from fl_app.params import load_model, model_hash, read_params, save_model, trainable_names
 from fl_app.population import directory_of, engine_of, record_partition, some_of
 from fl_app.privacy.payments import LedgerPayments
@@ -102,7 +100,9 @@ def run_federation(config: Mapping[str, Any], grid: Grid, *, launched_at: float)
     start = initial_model(components, path)
     run_dir = run_folder(config)
     try:
-        with _locked(run_dir):
+        with held(
+            run_dir, f"resume={run_dir}: another process is still playing this run. Wait or end it."
+        ):
             run, resumed_from = _set_up(config, components, start, grid, run_dir, launched_at)
             setup_s = time.time() - launched_at
             try:
@@ -158,19 +158,6 @@ def run_folder(config: Mapping[str, Any]) -> Path:
             f"output_url={config['output_url']}: {path} cannot be written ({error.strerror}): "
             "choose a folder that can, with output_url=PATH."
         ) from error
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Generator[None, None, None]:
-    """Hold the run's folder, so that no second process writes the same run."""
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"resume={run_dir}: another process is still playing this run. Wait or end it."
-            ) from error
-        yield
 
 
 def _set_up(

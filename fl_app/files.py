@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+from fl_app.errors import ConfigError
 
 
 def write_atomically(
@@ -45,3 +50,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+@contextmanager
+def held(folder: Path, otherwise: str) -> Generator[None, None, None]:
+    """Hold a folder, so that no second process works in it.
+
+    Args:
+        folder: Which.
+        otherwise: What to say if another process holds it.
+
+    Raises:
+        ConfigError: One does.
+        OSError: The folder cannot be written.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(otherwise) from error
+        yield

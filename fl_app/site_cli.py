@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fl_app.errors import ConfigError
+from fl_app.files import held
 from fl_app.site_protocol import MOST_BODY_BYTES, SOCKET, Kind, Request, ask
 
 site_cli = typer.Typer(
@@ -116,7 +114,8 @@ def _serve(
     for key, folder in (("state", state), ("ledger", owners.ledger and owners.ledger.parent)):
         if folder is not None:
             check_writable(key, folder)
-    with _alone(state):
+    taken = f"state={state}: another worker is using it. End that one, or choose another."
+    with held(state, taken):
         # What takes seconds to import is there before the first request.
         import torch
 
@@ -177,16 +176,3 @@ def check_writable(key: str, folder: Path) -> None:
             f"{key}={folder} cannot be written by this user, id {os.getuid()} ({error.strerror}): "
             "mount a volume there that it owns (chown)."
         ) from error
-
-
-@contextmanager
-def _alone(state: Path) -> Generator[None]:
-    """Hold the folder of client state, so that no second worker writes it."""
-    with (state / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"state={state}: another worker is using it. End that one, or choose another."
-            ) from error
-        yield

@@ -24,7 +24,6 @@ from fl_app.config import from_run_config
 from fl_app.privacy.base import PolicyError
 from fl_app.privacy.policy import Policy
 from fl_app.run_config import conf_dir
-from fl_app.site_protocol import Request
 from fl_app.types import ConfigError
 
 _PATH, _TARGET = "path", "_target_"
@@ -37,30 +36,28 @@ class RefusedRequestError(PolicyError):
     """A configuration asks for what is not a server's to name. Quotes nothing but the server."""
 
 
-def site_config(request: Request, policy: Policy, *, name: str | None) -> dict[str, Any]:
-    """Return the configuration in a request, as far as a site follows it.
+def site_config(
+    config_json: str, policy: Policy, *, name: str | None, version: str
+) -> dict[str, Any]:
+    """Return the configuration that a server sent, as far as a site follows it.
 
     Args:
-        request: What a bundle passed on.
+        config_json: What it sent.
         policy: Of the data's owner.
-        name: The site's, if it has one.
+        name: The client's, if it has one; with records of its own it has.
+        version: Of these records; see `version_of`.
 
     Raises:
         ConfigError: There is none, or it is not valid.
         RefusedRequestError: It names code that is not the server's to name.
         PolicyError: It asks for other records than the owner's.
     """
-    if request.overrides or not request.config_json:
-        raise RefusedRequestError(
-            "a site composes no overrides, whose grammar reaches further than their words: submit "
-            "with fl-app run engine=deployment, which sends the whole configuration."
-        )
-    config = _parsed(request.config_json)
+    config = _parsed(config_json)
     # Of no use to a client, and so nothing to be made of it.
     config |= {"engine": {_TARGET: "fl_app.engines.local.LocalEngine"}, "tracking": None}
     _check_code(config, policy)
     checked = from_run_config({"config-json": json.dumps(config)})
-    return _with_own_records(checked, policy, name=name)
+    return _with_own_records(checked, policy, name=name, version=version)
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -114,7 +111,6 @@ def _installed() -> Mapping[str, frozenset[str]]:
             if key.rpartition(".")[2] == _TARGET and isinstance(value, str):
                 group = key.partition(".")[0] if place in _GLOBAL else place
                 named.setdefault(group, set()).add(value)
-    # For the engine that is put in the place of whatever was named; it is never made here.
     return {group: frozenset(targets) for group, targets in named.items()}
 
 
@@ -131,7 +127,7 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _with_own_records(
-    config: dict[str, Any], policy: Policy, *, name: str | None
+    config: dict[str, Any], policy: Policy, *, name: str | None, version: str
 ) -> dict[str, Any]:
     """Return the configuration with the site's own records in place of whatever it names.
 
@@ -159,10 +155,10 @@ def _with_own_records(
         task = {**task, "test_fraction": 0.0}
     partition = {
         _TARGET: "fl_app.tasks.partition.OneOwner",
-        "client": name or "site",
+        "client": name,
         "test_fraction": policy.test_fraction,
         "validation_fraction": policy.validation_fraction,
-        "version": version_of(policy.data),
+        "version": version,
     }
     return {**config, "task": task, "partition": partition}
 

@@ -8,7 +8,6 @@ reach it over a local socket (`fl_app.site_server`) and can ask for no more than
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -30,10 +29,10 @@ from fl_app.privacy.base import PolicyError
 from fl_app.privacy.policy import Policy
 from fl_app.privacy.policy_file import read_policy
 from fl_app.site import DeployedSite
-from fl_app.site_config import site_config, version_of
-from fl_app.site_protocol import Kind, ProtocolError, Reply, Request
+from fl_app.site_config import RefusedRequestError, site_config, version_of
+from fl_app.site_protocol import ProtocolError, Reply, Request
 from fl_app.stacked.layer import NotStackableError
-from fl_app.types import ClientId, ConfigError
+from fl_app.types import ConfigError
 from fl_app.vectorizing import cohort_trainer
 
 log = logging.getLogger(__name__)
@@ -96,16 +95,21 @@ class SiteWorker:
         if objection := policy.objection(now=datetime.now().time()):
             raise PolicyError(objection)
         codec.check_version(content)
-        client, runtime = _served(
+        if request.overrides or not request.config_json:
+            raise RefusedRequestError(
+                "a site composes no overrides, whose grammar reaches further than their words: "
+                "submit with fl-app run engine=deployment, which sends the whole configuration."
+            )
+        own = self.name or (None if policy.data is None else "site")
+        runtime = _runtime(
             request.config_json,
-            request.overrides,
-            tuple(sorted(request.node.items())),
             policy=policy,
             version="" if policy.data is None else version_of(policy.data),
             state=self.state,
-            name=self.name,
+            name=own,
             device=self.device,
         )
+        client = client_of(request.node if own is None else {"client-id": own}, runtime)
         answer = answer_content(
             *(str(request.kind), content, runtime, client),
             deadline_s=min(request.patience_s, self.most_round_s),
@@ -123,55 +127,41 @@ def _read(path: Path, changed: tuple[int, ...]) -> Policy:
 
 
 @lru_cache(maxsize=2)
-def _served(
+def _runtime(
     config_json: str,
-    overrides: str,
-    node: tuple[tuple[str, str | int | float | bool], ...],
     *,
     policy: Policy,
     version: str,
     state: Path,
     name: str | None,
     device: torch.device,
-) -> tuple[ClientId, ClientRuntime]:
-    """Return which client a site is under a configuration, and what serves it.
+) -> ClientRuntime:
+    """Return what serves a site's client under a configuration.
 
     Args:
         config_json: What the server sent.
-        overrides: What the server sent.
-        node: What the site's SuperNode was started with, as a bundle says.
         policy: Of the owner.
         version: Of the site's own records: another one has them read anew.
         state: Folder for what the client remembers.
-        name: The client's, if it was given one.
+        name: The client's, if it has one.
         device: Where it trains.
 
     Raises:
-        ConfigError: The configuration is not valid, or names no client that the site could be.
+        ConfigError: The configuration is not valid.
         PolicyError: It asks for what the policy does not allow.
     """
-    known: Mapping[str, str | int | float | bool] = dict(node)
-    request = Request(
-        kind=Kind.QUERY,
-        config_json=config_json,
-        overrides=overrides,
-        node=known,
-        patience_s=1.0,
-    )
-    config = site_config(request, policy, name=name)
+    config = site_config(config_json, policy, name=name, version=version)
     components = build(to_json(config))
     try:
         policy.check_task(components.task.name)
     except ConfigError as error:
         raise PolicyError(str(error)) from error
-    runtime = runtime_of(
+    return runtime_of(
         config,
         states=DiskClientState(state / STATES),
         site=DeployedSite(privacy=components.privacy, policy=policy),
         trainer=None if device == CPU else _trainer(components, device),
     )
-    own = name or ("site" if policy.data is not None else None)
-    return client_of({"client-id": own} if own else known, runtime), runtime
 
 
 def _trainer(components: Components, device: torch.device) -> CohortTrainer | None:

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 
 from fl_app.files import write_atomically
+from fl_app.run_config import PLACE_KEYS
 from fl_app.tracking.json_files import JSON, strict_json
 from fl_app.types import Budget, ClientId, FailureKind, PrivacyUnit, RoundReport, StopReason
 
@@ -26,20 +27,8 @@ UNHASHED_KEYS: tuple[str, ...] = (
     "progress",
     "checkpoint_every",
     "checkpoint_keep",
-    "engine.workers",
-    "engine.cpus",
-    "engine.client_cpus",
-    "engine.client_gpus",
-    "engine.superlink",
-    "engine.root_certificates",
-    "engine.insecure",
-    "engine.gpu",
-    "engine.compose_file",
-    "engine.project",
-    "engine.keep_up",
-    "engine.start_s",
+    *PLACE_KEYS,
     "engine.shared_outputs",
-    "engine.port",
 )
 """Config keys that do not change a result, so runs that differ only here share a config hash.
 
