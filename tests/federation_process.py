@@ -62,11 +62,20 @@ class Party:
     folder: Path
     variables: Mapping[str, str]
     _process: subprocess.Popen[bytes] | None = None
+    _said_before: int = 0
 
     @property
     def log(self) -> str:
         """What it has printed so far, in all its lives."""
-        return re.sub(r"\x1b\[\d*m", "", self._log.read_text(errors="replace"))
+        return self._printed(0)
+
+    @property
+    def last_log(self) -> str:
+        """What it has printed since it was started last."""
+        return self._printed(self._said_before)
+
+    def _printed(self, start: int) -> str:
+        return re.sub(r"\x1b\[\d*m", "", self._log.read_bytes()[start:].decode(errors="replace"))
 
     @property
     def _log(self) -> Path:
@@ -85,6 +94,7 @@ class Party:
         """Start it; a session of its own is what ends with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
+            self._said_before = log.tell()
             self._process = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
@@ -122,21 +132,21 @@ class Party:
         assert self._process is not None
         return self._process.wait(timeout_s)
 
-    def wait_for(self, words: str, *, times: int = 1, timeout_s: float = START_S) -> None:
-        """Wait until it has printed some words, or fail if it ends or does not."""
+    def wait_for(self, words: str, *, timeout_s: float = START_S) -> None:
+        """Wait until it has printed some words since its start, or fail if it ends or does not."""
         deadline = time.monotonic() + timeout_s
-        while self.log.count(words) < times:
+        while words not in self.last_log:
             assert self.running, f"{self.name} ended:\n{self.log}"
             assert time.monotonic() < deadline, f"{self.name} never said {words!r}:\n{self.log}"
             time.sleep(0.05)
 
     def come_back(self, *, timeout_s: float = 150.0) -> None:
         """Start a SuperNode as a restart policy does: until the SuperLink gives up its old self."""
-        deadline, lives = time.monotonic() + timeout_s, self.log.count("SuperNode ID")
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.start()
             while self.running:
-                if self.log.count("SuperNode ID") > lives:
+                if "SuperNode ID" in self.last_log:
                     return
                 time.sleep(0.1)
             time.sleep(1.0)
@@ -187,7 +197,7 @@ class Site:
 
     def ready(self) -> None:
         """Wait until the server knows it."""
-        self.supernode.wait_for("SuperNode ID", times=self.supernode.log.count("Starting Flower"))
+        self.supernode.wait_for("SuperNode ID")
 
     def kill(self) -> None:
         """As when its machine loses power."""
