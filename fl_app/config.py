@@ -18,9 +18,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fl_app.config_keys import RESUMABLE_KEYS
 from fl_app.run_config import (
     CONFIG_NAME,
-    PLACE_KEYS,
     RunConfig,
     closest,
     conf_dir,
@@ -30,17 +30,6 @@ from fl_app.run_config import (
 )
 from fl_app.schema import check
 from fl_app.types import ConfigError
-
-RESUMABLE_KEYS = (
-    "rounds",
-    "stopping",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "fairness_clients",
-    "progress",
-    *PLACE_KEYS,
-)
-"""Keys that may be given anew when a run is resumed: they change nothing of what has been done."""
 
 _LEAST = {
     "rounds": 1,

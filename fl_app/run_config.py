@@ -22,24 +22,6 @@ from fl_app.errors import ConfigError
 
 CONFIG_NAME = "config"
 
-PLACE_KEYS = (
-    "engine.workers",
-    "engine.cpus",
-    "engine.client_cpus",
-    "engine.client_gpus",
-    "engine.port",
-    "engine.superlink",
-    "engine.root_certificates",
-    "engine.insecure",
-    "engine.gpu",
-    "engine.compose_file",
-    "engine.project",
-    "engine.keep_up",
-    "engine.start_s",
-)
-"""Keys that say where a run is played and how many processes share the work: no part of a result,
-so they may change when it is resumed."""
-
 
 @dataclass
 class RunConfig:

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "fl_app"
 
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
-    ["__version__", "errors", "files", "site_protocol"],
+    ["__version__", "errors", "files", "site_protocol", "config_keys"],
     ["run_log"],
     ["types"],
     ["run_config"],

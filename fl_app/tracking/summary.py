@@ -13,29 +13,10 @@ from typing import Protocol, cast
 
 import torch
 
+from fl_app.config_keys import UNHASHED_KEYS
 from fl_app.files import write_atomically
-from fl_app.run_config import PLACE_KEYS
 from fl_app.tracking.json_files import JSON, strict_json
 from fl_app.types import Budget, ClientId, FailureKind, PrivacyUnit, RoundReport, StopReason
-
-UNHASHED_KEYS: tuple[str, ...] = (
-    "name",
-    "output_url",
-    "run_dir",
-    "resume",
-    "tracking",
-    "progress",
-    "checkpoint_every",
-    "checkpoint_keep",
-    *PLACE_KEYS,
-    "engine.shared_outputs",
-)
-"""Config keys that do not change a result, so runs that differ only here share a config hash.
-
-``name``, ``output_url`` and ``run_dir`` say where a run is put, ``resume`` that it was interrupted,
-``tracking`` and ``progress`` who watches, ``checkpoint_*`` how often it is saved, and
-``engine.*`` how many processes share the work and where they meet. Any key not listed is hashed.
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fl_app.config_keys import UNHASHED_KEYS
 from fl_app.params import model_hash
 from fl_app.tracking.json_files import strict_json
 from fl_app.tracking.summary import (
-    UNHASHED_KEYS,
     Communication,
     Failures,
     Fairness,
