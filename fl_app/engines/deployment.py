@@ -144,7 +144,8 @@ class DeploymentEngine:
         folder = config["resume"] or config["run_dir"] or config["output_url"]
         with _stopped_with(flwr, folder):
             ended = flwr.play(config, launched_at=launched_at)
-        return summarised(Path(judge(ended, "the run")["run_dir"]), ended)
+        outcome = judge(ended, "the run", folder=folder)
+        return summarised(Path(outcome["run_dir"]), ended)
 
     def _play_there(
         self, flwr: FlowerCommand, config: Mapping[str, Any], launched_at: float
@@ -169,7 +170,7 @@ class DeploymentEngine:
         try:
             with _stopped_with(flwr, here):
                 ended = flwr.play(sent, launched_at=launched_at, collect=True, submitted=submitted)
-            judge(ended, "the run")
+            judge(ended, "the run", folder=here)
         except BaseException:
             _forget_if_it_never_began(here)
             raise

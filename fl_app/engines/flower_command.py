@@ -279,12 +279,13 @@ class FlowerCommand:
             self.answer("stop", self.run_id, CONNECTION)
 
 
-def judge(ended: Ended, what: str) -> Mapping[str, str]:
+def judge(ended: Ended, what: str, *, folder: object = None) -> Mapping[str, str]:
     """Return the outcome of a run that was completed.
 
     Args:
         ended: How it ended.
         what: Who played it, for the message.
+        folder: The run's, if it can go on from what it left.
 
     Raises:
         ConfigError: The ServerApp says that it cannot be run.
@@ -292,7 +293,9 @@ def judge(ended: Ended, what: str) -> Mapping[str, str]:
     """
     raise_for(ended.heard.outcome, ended.lines)
     if ended.status != "finished:completed" or "run_dir" not in ended.heard.outcome:
-        raise FlowerRunError(with_last_lines(f"{what} ended as {ended.status}", ended.lines))
+        goes_on = "" if folder is None else f"; it goes on with: fl-app run resume={folder}"
+        message = f"{what} ended as {ended.status}{goes_on}"
+        raise FlowerRunError(with_last_lines(message, ended.lines))
     return ended.heard.outcome
 
 

@@ -187,15 +187,18 @@ def soak(rounds: int, seed: int) -> None:
         private = ("privacy=record", "privacy.target_epsilon=null", "privacy.noise_multiplier=5.0")
         limits = (f"rounds={rounds}", "checkpoint_every=1", "selection.round_timeout_s=20")
         playing = Playing(parties, folder, *TINY, *private, *parties.engine, *limits)
-        due = EVERY
+        due, left = EVERY, list[str]()
         while True:
             while playing.process.poll() is None and not playing.has(due):
                 time.sleep(0.2)
             if playing.process.poll() is None and due < rounds:
-                name, happen = dice.choice(sorted(faults(parties, dice).items()))
+                # All in a random order, then again: chance alone leaves some out.
+                possible = faults(parties, dice)
+                left = left or dice.sample(sorted(possible), len(possible))
+                name = left.pop()
                 print(f"round {due}: {name}", flush=True)
                 happened[name] += 1
-                happen()
+                possible[name]()
                 due += EVERY
                 continue
             played = playing.end()

@@ -116,7 +116,7 @@ def query(message, context):
 def train(message, context):
     position = context.node_config["partition-id"]
     if position == 0:
-        large = ArrayRecord({"large": Array(np.random.default_rng(1).random(13_000_000))})
+        large = ArrayRecord({"large": Array(np.zeros(62_500_000))})
         return Message(RecordDict({"arrays": large}), reply_to=message)
     if position == 1:
         rubbish = Array(dtype="float32", shape=(10, 64), stype="numpy.ndarray", data=b"rubbish")
@@ -182,6 +182,7 @@ def test_a_run_outlives_its_server_app_and_its_superlink(
     parties.serverapp.kill()
     failed = playing.end()
     assert failed.code == 1, failed.said
+    assert f"it goes on with: fl-app run resume={failed.here}" in failed.said
     assert failed.status == "finished:failed"
     assert not (failed.here / "summary.json").exists()
     parties.serverapp.start()
