@@ -2,8 +2,8 @@
 
 All of it is flwr 1.41's: 12 calls, each a POST of one protobuf message of known length. What a
 client answers goes up as one ``push-messages`` with the ids of its objects, answered by a
-session, and then one ``push-object`` for each, of 5 MiB at most unless an app sends larger
-records than arrays.
+session, and then one ``push-object`` for each that the SuperLink has not yet, parts before the
+whole, of 5 MiB at most unless an app sends larger records than arrays.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from dataclasses import dataclass
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
-from google.protobuf.message import DecodeError
 
 MIB = 1024 * 1024
 
+PULL_OBJECT = b"/v1/fleet/pull-object"
 PUSH_OBJECT = b"/v1/fleet/push-object"
 PUSH_MESSAGES = b"/v1/fleet/push-messages"
 CONFIRM = b"/v1/fleet/confirm-message-received"
@@ -38,99 +37,13 @@ BODY_BYTES: Mapping[bytes, int] = {
     b"/v1/fleet/get-run": MIB // 16,
     b"/v1/fleet/get-fab": MIB // 16,
     PUSH_OBJECT: 64 * MIB,
-    b"/v1/fleet/pull-object": MIB // 16,
+    PULL_OBJECT: MIB // 16,
     CONFIRM: MIB // 16,
 }
 """Every path of the Fleet API -> the largest body that is let through."""
 
 PUBLIC_KEY, TIMESTAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"
 """Headers by which a SuperNode shows who it is. They sign the time of the call, nothing else."""
-
-_NODE, _RUN, _OBJECT, _CONTENT, _SESSION = 0x0A, 0x10, 0x1A, 0x22, 0x2A  # fields 1 to 5, tagged
-_FIELD_BYTES = 1024
-
-
-class MalformedError(ValueError):
-    """A body that no SuperNode sends."""
-
-
-class PushedObject:
-    """Reads a ``PushObjectRequest`` as it passes by, without keeping the object.
-
-    Strict: each field at most once and in their order, which is how Flower writes them. What is
-    read here is then what the SuperLink reads; of fields that come twice, it takes the last.
-    """
-
-    def __init__(self) -> None:
-        self._unread = bytearray()  # begins at a field
-        self._envelope = bytearray()  # all fields but the object
-        self._to_skip = 0  # bytes of the object still to come
-        self._last_tag = 0
-
-    def feed(self, chunk: bytes) -> None:
-        """Read the next bytes.
-
-        Raises:
-            MalformedError: They cannot be of such a message.
-        """
-        skipped = min(self._to_skip, len(chunk))
-        self._to_skip -= skipped
-        self._unread += chunk[skipped:]
-        while self._unread and not self._to_skip and self._read_field():
-            pass
-
-    def envelope(self) -> PushObjectRequest:
-        """Return the message without its object, once all of it was read.
-
-        Raises:
-            MalformedError: Bytes are missing, or it names no session.
-        """
-        if self._to_skip or self._unread:
-            raise MalformedError("the body ends within a field")
-        try:
-            request: PushObjectRequest = PushObjectRequest.FromString(bytes(self._envelope))
-        except DecodeError as error:
-            raise MalformedError("the body is no PushObjectRequest") from error
-        if not request.session_id:
-            raise MalformedError("the object names no session")
-        return request
-
-    def _read_field(self) -> bool:
-        """Read one field; return False if more bytes are needed."""
-        tag = self._unread[0]
-        if tag not in (_NODE, _RUN, _OBJECT, _CONTENT, _SESSION) or tag <= self._last_tag:
-            raise MalformedError("a field is unknown, or out of its order")
-        number = _varint(self._unread, 1)
-        if number is None:
-            return False
-        value, end = number
-        if tag == _CONTENT:
-            del self._unread[:end]
-            here = min(value, len(self._unread))
-            del self._unread[:here]
-            self._to_skip = value - here
-        else:
-            end += 0 if tag == _RUN else value
-            if end > _FIELD_BYTES:
-                raise MalformedError("a field is longer than any that Flower writes")
-            if len(self._unread) < end:
-                return False
-            self._envelope += self._unread[:end]
-            del self._unread[:end]
-        self._last_tag = tag
-        return True
-
-
-def _varint(buffer: bytearray, start: int) -> tuple[int, int] | None:
-    """Return a number and where it ends; None if it does not end yet."""
-    value = 0
-    for place, byte in enumerate(buffer[start : start + 10]):
-        value |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            return value, start + place + 1
-    if len(buffer) >= start + 10:
-        raise MalformedError("a number has more than ten bytes")
-    return None
 
 
 @dataclass(kw_only=True)
@@ -141,11 +54,15 @@ class Reply:
         root: Id of its first object, which all others hang on; empty if its ``push-messages``
             was not seen, because the gateway has been restarted since.
         num_bytes: Of its objects so far.
+        unfolded_bytes: Of the chunks of its arrays so far, each as often as it is in one.
+        patience_s: How long a chunk is still waited for.
         refused: It was too large, and none of its objects is let through any more.
     """
 
     root: str
     num_bytes: int = 0
+    unfolded_bytes: int = 0
+    patience_s: float = 3.0
     refused: bool = False
 
 

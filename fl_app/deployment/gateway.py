@@ -6,7 +6,8 @@ it ends TLS, lets through POSTs to the twelve paths that `fleet.BODY_BYTES` list
 and answers all else by 403. What the SuperLink says goes back as it is.
 
 It also keeps the SuperLink's memory from its clients: bodies are limited, large ones are taken
-from SuperNodes alone that the SuperLink knows, and all objects of a reply together have a limit.
+from SuperNodes alone that the SuperLink knows, and all objects of a reply together have a limit,
+also as the ServerApp unfolds them: an array may name one chunk of its values many times.
 
 What happens to a reply that is too large: its SuperNode gets 413, which it logs as "Failed to
 send message" and goes on. The SuperLink, however, has the reply announced already, and the
@@ -21,12 +22,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PushObjectRequest,
+)
 from google.protobuf.message import DecodeError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -37,15 +42,15 @@ from fl_app.deployment.fleet import (
     CONFIRM,
     MIB,
     PUBLIC_KEY,
+    PULL_OBJECT,
     PUSH_MESSAGES,
     PUSH_OBJECT,
-    MalformedError,
     Nodes,
-    PushedObject,
     Replies,
     Reply,
     is_signed,
 )
+from fl_app.deployment.objects import Chunks, MalformedError, PushedObject
 
 LOG = logging.getLogger("fl_app.gateway")
 
@@ -57,6 +62,9 @@ TIMEOUT_S = {"connect": 5.0, "read": 28.0, "write": 28.0, "pool": 5.0}
 HEALTH_TIMEOUT_S = dict.fromkeys(TIMEOUT_S, 3.0)
 SILENCE_S = 30.0
 """For how long a body may stand still."""
+
+_NO_OBJECT_BYTES = 16
+"""An answer to a pull that is no longer says only that the object is not there yet."""
 
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te")
@@ -122,6 +130,7 @@ class Gateway:
     max_reply_bytes: int
     replies: Replies = field(default_factory=Replies)
     nodes: Nodes = field(default_factory=Nodes)
+    chunks: Chunks = field(default_factory=Chunks)
     log: SparingLog = field(default_factory=SparingLog)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,6 +159,8 @@ class Gateway:
                 return await self._push_object(request, num_bytes)
             if path == PUSH_MESSAGES:
                 return await self._push_messages(request)
+            if path == PULL_OBJECT:
+                return await self._pull_object(request)
             return await self._relay(request, path, await _whole(request))
         except _RefusedError as refused:
             return refused.response
@@ -216,7 +227,7 @@ class Gateway:
         key = request.headers.get(PUBLIC_KEY, "")
         if not self.nodes.may_push(key):
             raise _RefusedError(503, "too many pushes of this SuperNode at once; try again")
-        pushed, admitted = PushedObject(), list[Reply]()
+        pushed, admitted = PushedObject(), list[tuple[Reply, int]]()
         fits = num_bytes <= BODY_BYTES[PUSH_OBJECT]
 
         async def body() -> AsyncIterator[bytes]:
@@ -226,7 +237,8 @@ class Gateway:
                 if held and fits:
                     yield held
                 held = chunk
-            admitted.append(self._admit(pushed.envelope(), num_bytes))
+            named = pushed.chunks()
+            admitted.append(await self._admit(pushed.envelope(), num_bytes, named))
             yield held
 
         with self.nodes.push(key):
@@ -234,13 +246,16 @@ class Gateway:
                 response = await self._ask(request, PUSH_OBJECT, body(), num_bytes)
                 content = await response.aread()
             except httpx.TransportError:
-                for reply in admitted:  # the object will come again
+                for reply, unfolded in admitted:  # the object will come again
                     reply.num_bytes -= num_bytes
+                    reply.unfolded_bytes -= unfolded
                 raise
             except _TooLargeError as error:
                 if error.first:
                     await self._take_back(request, error.envelope, error.reply)
                 return _says(413, self._limits)
+        if pushed.is_chunk and response.status_code == 200:
+            self.chunks.came(pushed.envelope().object_id, num_bytes)
         return _passed_on(response, content)
 
     @property
@@ -248,19 +263,31 @@ class Gateway:
         whole, each = self.max_reply_bytes / MIB, BODY_BYTES[PUSH_OBJECT] / MIB
         return f"a reply may have {whole:,.6g} MiB, and each object of it {each:g}"
 
-    def _admit(self, envelope: PushObjectRequest, num_bytes: int) -> Reply:
-        """Add an object to its reply.
+    async def _admit(
+        self, envelope: PushObjectRequest, num_bytes: int, named: Sequence[str]
+    ) -> tuple[Reply, int]:
+        """Add an object to its reply; return that, and what the object unfolds to.
+
+        Args:
+            envelope: The object's push, without the object.
+            num_bytes: Of the push.
+            named: Chunks that the object, an array, is made of.
 
         Raises:
             _TooLargeError: The reply would be beyond the limit.
         """
         reply = self.replies.of(envelope.session_id)
+        unfolded, known = await self.chunks.weigh(named, patience_s=reply.patience_s)
+        if not known:
+            reply.patience_s = 0.0  # of one reply this is enough
         most = min(self.max_reply_bytes - reply.num_bytes, BODY_BYTES[PUSH_OBJECT])
-        if reply.refused or num_bytes > most:
+        fits = num_bytes <= most and reply.unfolded_bytes + unfolded <= self.max_reply_bytes
+        if reply.refused or not fits:
             first, reply.refused = not reply.refused, True
             raise _TooLargeError(envelope, reply, first=first)
         reply.num_bytes += num_bytes
-        return reply
+        reply.unfolded_bytes += unfolded
+        return reply, unfolded
 
     async def _take_back(self, request: Request, envelope: PushObjectRequest, reply: Reply) -> None:
         """Have the SuperLink drop a reply, so that nobody waits for the rest of it."""
@@ -279,6 +306,19 @@ class Gateway:
             return
         if response.status_code != 200:
             self.log.warn("it could not be taken back: %d", response.status_code)
+
+    async def _pull_object(self, request: Request) -> Response:
+        """Forward the call for an object, and note how large the object is."""
+        body = await _whole(request)
+        try:
+            asked = PullObjectRequest.FromString(body)
+        except DecodeError as error:
+            raise MalformedError("the body is no PullObjectRequest") from error
+        response = await self._ask(request, PULL_OBJECT, body, len(body))
+        num_bytes = int(response.headers.get("content-length", 0))
+        if response.status_code == 200 and num_bytes > _NO_OBJECT_BYTES:
+            self.chunks.came(asked.object_id, num_bytes)
+        return _passed_on(response)
 
     async def _relay(self, request: Request, path: bytes, body: bytes) -> Response:
         """Forward a call, and stream back what the SuperLink answers."""

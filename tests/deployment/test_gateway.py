@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -19,14 +20,18 @@ import pytest
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from flower_process import free_port
+from flwr.app import Array
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     ObjectTree,
+    PullObjectRequest,
     PushObjectRequest,
     PushObjectResponse,
 )
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from helpers import environment
@@ -38,7 +43,8 @@ from starlette.types import Receive, Scope, Send
 
 from fl_app import cli
 from fl_app.deployment.certificates import make
-from fl_app.deployment.fleet import BODY_BYTES, MIB, MalformedError, PushedObject
+from fl_app.deployment.fleet import BODY_BYTES, MIB
+from fl_app.deployment.objects import Chunks, MalformedError, PushedObject
 
 FLEET = sorted(path.decode() for path in BODY_BYTES)
 NOT_FLEET = sorted(path for _, path in PROTOBUF_REQUEST_TYPES if not path.startswith("/v1/fleet/"))
@@ -52,6 +58,7 @@ class PaperSuperLink:
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     sessions: int = 0
     breaks: int = 0
+    pulled: bytes = b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -64,6 +71,8 @@ class PaperSuperLink:
             await send({"type": "http.response.body", "body": b"", "more_body": True})
             raise RuntimeError("breaks off, as it was told to")
         content = b"\x0a\x05hello"
+        if request.url.path.endswith("pull-object"):
+            content = self.pulled
         if request.url.path.endswith("push-messages"):
             self.sessions += 1
             session = PushMessagesResponse(session_id=f"session-{self.sessions}")
@@ -134,6 +143,7 @@ def doors() -> Generator[Door, None, None]:
 def door(doors: Door) -> Door:
     doors.superlink.seen.clear()
     doors.superlink.breaks = 0
+    doors.superlink.pulled = b"\x0a\x05hello"
     return doors
 
 
@@ -175,17 +185,27 @@ class SuperNode:
         answer = self.door.post(path, request.SerializeToString(), **self.headers())
         return str(PushMessagesResponse.FromString(answer.content).session_id)
 
-    def push(self, session: str, num_bytes: int) -> int:
-        body = pushed(session=session, content=bytes(num_bytes))
+    def push(self, session: str, content: int | InflatableObject) -> int:
+        if isinstance(content, int):
+            body = pushed(session=session, content=bytes(content))
+        else:
+            body = pushed(session=session, content=content.deflate(), name=content.object_id)
         path = "/v1/fleet/push-object"
         return self.door.post(path, body, **self.headers()).status_code
 
+    def push_array(self, session: str, array: Array) -> list[int]:
+        """Push the parts and then the whole."""
+        parts = (array.children or {}).values()
+        return [self.push(session, content) for content in (*parts, array)]
 
-def pushed(*, session: str = "session", content: bytes = b"content") -> bytes:
+
+def pushed(
+    *, session: str = "session", content: bytes = b"content", name: str = "ab" * 32
+) -> bytes:
     return PushObjectRequest(
         node=Node(node_id=2**63 + 7),
         run_id=2**63 + 3,
-        object_id="ab" * 32,
+        object_id=name,
         object_content=content,
         session_id=session,
     ).SerializeToString(deterministic=True)
@@ -199,7 +219,8 @@ def test_the_twelve_paths_are_all_of_flowers_fleet_api() -> None:
 
 @pytest.mark.parametrize("path", FLEET)
 def test_a_fleet_call_goes_through_unchanged(door: Door, path: str) -> None:
-    content = pushed() if path.endswith("push-object") else b"" if "push" in path else b"\x00\xff"
+    read = path.endswith(("push-messages", "pull-object"))  # nothing is a message of theirs, too
+    content = pushed() if path.endswith("push-object") else b"" if read else b"\x00\xff"
     answer = door.post(path, content, flwr_public_key="k", flwr_signature="s", x_own="o")
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/protobuf"
@@ -354,6 +375,103 @@ def test_an_object_that_comes_again_after_a_breakdown_counts_once(door: Door) ->
         door.superlink.breaks = 1
         assert node.push(session, MIB // 2) == 502
     assert node.push(session, MIB // 2) == 200
+
+
+def test_a_chunk_weighs_as_often_as_an_array_names_it(door: Door) -> None:
+    node = SuperNode(door)
+    session = node.announce("folded")
+    chunk = bytes(MIB * 2 // 5)
+    once = folded(chunk, times=1)
+    assert node.push_array(session, once) == [200, 200]
+    assert node.push_array(session, folded(chunk, times=2)) == [200, 200]
+    for _ in range(3):
+        door.superlink.breaks = 1
+        assert node.push(session, once) == 502
+    assert node.push_array(session, folded(bytes(1000), times=100)) == [200, 200]
+    assert node.push(session, once) == 200
+    assert node.push(session, once) == 413
+    assert "/v1/fleet/confirm-message-received" in door.superlink.paths()
+
+
+def test_many_arrays_of_one_chunk_weigh_that_chunk_as_many_times(door: Door) -> None:
+    node = SuperNode(door)
+    session = node.announce("of-many-arrays")
+    chunk = folded(bytes(MIB), times=1)
+    codes = node.push_array(session, chunk)
+    for rows in range(1, 4):
+        array = folded(bytes(MIB), times=1)
+        array.shape = (rows,)
+        codes.append(node.push(session, array))
+    assert codes == [200, 200, 413, 413, 413]
+
+
+def test_a_chunk_that_nobody_saw_weighs_the_most_that_one_can(door: Door) -> None:
+    node = SuperNode(door)
+    assert node.push(node.announce("unseen"), folded(b"another", times=1)) == 413
+
+
+def test_a_chunk_that_was_pulled_is_known(door: Door) -> None:
+    node = SuperNode(door)
+    array = folded(b"from the server", times=1)
+    (chunk,) = array.children or {}
+    asked = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id=chunk)
+    door.superlink.pulled = b"x" * 100
+    path = "/v1/fleet/pull-object"
+    answer = door.post(path, asked.SerializeToString(), **node.headers())
+    assert answer.content == b"x" * 100
+    assert node.push(node.announce("of-the-server"), array) == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b"[]", b"nothing", b'{"arraychunk_ids": [1]}', b'{"arraychunk_ids": 7}']
+)
+def test_an_array_that_does_not_say_what_it_is_made_of_is_refused(door: Door, body: bytes) -> None:
+    content = b"Array  %d\x00%s" % (len(body), body)
+    answer = door.post("/v1/fleet/push-object", pushed(content=content))
+    assert answer.status_code == 400
+    assert door.superlink.paths() == []
+
+
+def folded(chunk: bytes, *, times: int) -> Array:
+    """Return an array of one chunk that comes so many times."""
+    array = Array(dtype="uint8", shape=(1,), stype="numpy.ndarray", data=chunk)
+    part = ArrayChunk(memoryview(chunk))
+    array.__dict__["_chunks"] = [(part.object_id, part)] * times  # where Flower keeps them
+    return array
+
+
+@given(data=st.binary(min_size=1, max_size=60), size=st.integers(1, 20), cut=st.integers(1, 200))
+def test_what_an_array_is_made_of_is_what_flower_unfolds(data: bytes, size: int, cut: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", size)
+        array = Array(dtype="uint8", shape=(len(data),), stype="numpy.ndarray", data=data)
+        parts = {name: bytes(part.data) for name, part in (array.children or {}).items()}
+        body = pushed(content=array.deflate())
+    reader = PushedObject()
+    for start in range(0, len(body), cut):
+        reader.feed(body[start : start + cut])
+    assert b"".join(parts[name] for name in reader.chunks()) == data
+    assert not reader.is_chunk
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_a_chunk_is_told_from_an_array_and_names_none(cut: int) -> None:
+    body = pushed(content=ArrayChunk(memoryview(bytes(500))).deflate())
+    reader = PushedObject()
+    for start in range(0, len(body), cut):
+        reader.feed(body[start : start + cut])
+    assert reader.is_chunk
+    assert reader.chunks() == []
+
+
+def test_of_two_sizes_of_a_chunk_the_larger_is_believed_and_the_oldest_is_forgotten() -> None:
+    chunks = Chunks(kept=2)
+    for name, num_bytes in (("a", 5), ("a", 3), ("b", 7)):
+        chunks.came(name, num_bytes)
+    assert asyncio.run(chunks.weigh("aab", patience_s=0)) == (17, True)
+    chunks.came("c", 1)
+    unknown, known = asyncio.run(chunks.weigh("ab", patience_s=0))
+    assert (unknown, known) == (7 + 5 * MIB, False)
 
 
 def test_the_gateway_holds_little_of_what_goes_through_it(door: Door) -> None:

@@ -116,7 +116,7 @@ def query(message, context):
 def train(message, context):
     position = context.node_config["partition-id"]
     if position == 0:
-        large = ArrayRecord({"large": Array(np.zeros(62_500_000))})
+        large = ArrayRecord({"large": Array(np.random.default_rng(1).random(62_500_000))})
         return Message(RecordDict({"arrays": large}), reply_to=message)
     if position == 1:
         rubbish = Array(dtype="float32", shape=(10, 64), stype="numpy.ndarray", data=b"rubbish")
