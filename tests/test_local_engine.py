@@ -170,6 +170,7 @@ def test_a_client_that_kills_its_worker_costs_the_round_only_itself(
     assert entry["num_updates"] == 10 - len(entry["failures"])
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_is_ended_at_the_deadline(tmp_path: Path, importable: None) -> None:
     config = moody("hangs", "engine.workers=2", "rounds=1", "selection.round_timeout_s=3")
     began = time.monotonic()
