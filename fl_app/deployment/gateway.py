@@ -31,6 +31,7 @@ from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     PullObjectRequest,
     PushObjectRequest,
+    PushObjectResponse,
 )
 from google.protobuf.message import DecodeError
 from starlette.requests import ClientDisconnect, Request
@@ -254,7 +255,9 @@ class Gateway:
                 if error.first:
                     await self._take_back(request, error.envelope, error.reply)
                 return _says(413, self._limits)
-        if pushed.is_chunk and response.status_code == 200:
+        # A 200 also goes to what is not taken, such as an object under a false id.
+        stored = response.status_code == 200 and PushObjectResponse.FromString(content).stored
+        if stored and pushed.is_chunk:
             self.chunks.came(pushed.envelope().object_id, num_bytes)
         return _passed_on(response, content)
 

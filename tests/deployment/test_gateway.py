@@ -59,6 +59,7 @@ class PaperSuperLink:
     sessions: int = 0
     breaks: int = 0
     pulled: bytes = b""
+    stores: bool = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -78,7 +79,7 @@ class PaperSuperLink:
             session = PushMessagesResponse(session_id=f"session-{self.sessions}")
             content = session.SerializeToString()
         elif request.url.path.endswith("push-object"):
-            content = PushObjectResponse(stored=True).SerializeToString()
+            content = PushObjectResponse(stored=self.stores).SerializeToString()
         await Response(content, media_type="application/protobuf")(scope, receive, send)
 
     def paths(self) -> list[str]:
@@ -144,6 +145,7 @@ def door(doors: Door) -> Door:
     doors.superlink.seen.clear()
     doors.superlink.breaks = 0
     doors.superlink.pulled = b"\x0a\x05hello"
+    doors.superlink.stores = True
     return doors
 
 
@@ -408,6 +410,12 @@ def test_many_arrays_of_one_chunk_weigh_that_chunk_as_many_times(door: Door) -> 
 def test_a_chunk_that_nobody_saw_weighs_the_most_that_one_can(door: Door) -> None:
     node = SuperNode(door)
     assert node.push(node.announce("unseen"), folded(b"another", times=1)) == 413
+
+
+def test_a_chunk_that_the_superlink_did_not_take_is_not_known(door: Door) -> None:
+    node = SuperNode(door)
+    door.superlink.stores = False  # as when its id is that of another object
+    assert node.push_array(node.announce("forged"), folded(b"forged", times=1)) == [200, 413]
 
 
 def test_a_chunk_that_was_pulled_is_known(door: Door) -> None:
