@@ -33,7 +33,6 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
     PushObjectResponse,
 )
-from google.protobuf.message import DecodeError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -51,7 +50,7 @@ from fl_app.deployment.fleet import (
     Reply,
     is_signed,
 )
-from fl_app.deployment.objects import Chunks, MalformedError, PushedObject
+from fl_app.deployment.objects import Chunks, MalformedError, PushedObject, parsed
 
 LOG = logging.getLogger("fl_app.gateway")
 
@@ -213,10 +212,7 @@ class Gateway:
     async def _push_messages(self, request: Request) -> Response:
         """Forward the announcement of a reply, and remember the session that it gets."""
         body = await _whole(request)
-        try:
-            announced = PushMessagesRequest.FromString(body)
-        except DecodeError as error:
-            raise MalformedError("the body is no PushMessagesRequest") from error
+        announced = parsed(PushMessagesRequest, body)
         response = await self._ask(request, PUSH_MESSAGES, body, len(body))
         content = await response.aread()
         if response.status_code == 200:
@@ -313,10 +309,7 @@ class Gateway:
     async def _pull_object(self, request: Request) -> Response:
         """Forward the call for an object, and note how large the object is."""
         body = await _whole(request)
-        try:
-            asked = PullObjectRequest.FromString(body)
-        except DecodeError as error:
-            raise MalformedError("the body is no PullObjectRequest") from error
+        asked = parsed(PullObjectRequest, body)
         response = await self._ask(request, PULL_OBJECT, body, len(body))
         num_bytes = int(response.headers.get("content-length", 0))
         if response.status_code == 200 and num_bytes > _NO_OBJECT_BYTES:

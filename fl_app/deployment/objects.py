@@ -12,12 +12,15 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import TypeVar
 
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
+
+M = TypeVar("M", bound=Message)
 
 _NODE, _RUN, _OBJECT, _CONTENT, _SESSION = 0x0A, 0x10, 0x1A, 0x22, 0x2A  # fields 1 to 5, tagged
 _FIELD_BYTES = 1024
@@ -28,6 +31,19 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
 
 class MalformedError(ValueError):
     """A body that no SuperNode sends."""
+
+
+def parsed(kind: type[M], body: bytes) -> M:
+    """Return the protobuf message that a body holds.
+
+    Raises:
+        MalformedError: It holds none of that kind.
+    """
+    try:
+        message: M = kind.FromString(body)
+    except DecodeError as error:
+        raise MalformedError(f"the body is no {kind.__name__}") from error
+    return message
 
 
 class PushedObject:
@@ -65,10 +81,7 @@ class PushedObject:
         """
         if self._to_skip or self._unread:
             raise MalformedError("the body ends within a field")
-        try:
-            request: PushObjectRequest = PushObjectRequest.FromString(bytes(self._envelope))
-        except DecodeError as error:
-            raise MalformedError("the body is no PushObjectRequest") from error
+        request = parsed(PushObjectRequest, bytes(self._envelope))
         if not request.session_id:
             raise MalformedError("the object names no session")
         return request
@@ -100,10 +113,10 @@ class PushedObject:
         """Keep an array, which holds no values but names their chunks; of all else what it is."""
         if len(self._content) < len(_CHUNK) or self._content.startswith(_ARRAY):
             self._content += content
-            if len(self._content) >= len(_CHUNK) and not self._content.startswith(_ARRAY):
-                del self._content[len(_CHUNK) :]
-            elif len(self._content) > _ARRAY_BYTES:
-                raise MalformedError("the array is made of more chunks than any reply has")
+        if not self._content.startswith(_ARRAY):
+            del self._content[len(_CHUNK) :]
+        elif len(self._content) > _ARRAY_BYTES:
+            raise MalformedError("the array is made of more chunks than any reply has")
 
     def _read_field(self) -> bool:
         """Read one field; return False if more bytes are needed."""
